@@ -1,0 +1,15 @@
+//! Compiles the .proto files with protox, so that no `protoc` has to be on the machine.
+
+use anyhow::Context as _;
+
+const FILES: [&str; 4] = ["common", "gateway", "migrator", "controller"];
+
+fn main() -> anyhow::Result<()> {
+    println!("cargo:rerun-if-changed=proto");
+    let files = FILES.map(|f| format!("handover/v1/{f}.proto"));
+    let descriptors = protox::compile(&files, ["proto"]).context("proto/handover/v1")?;
+    tonic_prost_build::configure()
+        .type_attribute(".", "#[derive(serde::Serialize)]")
+        .compile_fds(descriptors)
+        .context("generating Rust from proto/handover/v1")
+}

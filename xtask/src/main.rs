@@ -1,2 +1,69 @@
-//! To be written.
-fn main() {}
+//! Set-up, run, test and bench of Handover: the project's only build script.
+//!
+//! Every verb brings the machine to readiness first ([`setup`]), so that a fresh clone needs no other command. The work
+//! itself is done by the project's own programs: this one installs, builds and starts them, and depends on none of them,
+//! because it has to build where what they need is not yet installed.
+
+mod command;
+mod setup;
+mod verbs;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Set up, run, test and measure Handover.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Bring this Debian or Ubuntu machine to readiness: checks first, installs only what is missing.
+    Setup,
+    /// Play a whole migration on this machine: hosts as namespaces, real CRIU, real XDP (root).
+    ///
+    /// Everything after `run` goes to the lab: `--app film|redis|nginx`, `--back`, `--json`; see `cargo xtask run --help`.
+    #[command(disable_help_flag = true)]
+    Run {
+        /// Arguments of the lab.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
+    /// Formatting, lints, unit tests, XDP tests and the lab's scenarios (root).
+    Test {
+        /// Run only tests whose name contains this.
+        filter: Option<String>,
+    },
+    /// Measure: two things in one run, printed as a ratio (root).
+    Bench {
+        #[command(subcommand)]
+        what: Bench,
+    },
+}
+
+#[derive(Subcommand)]
+enum Bench {
+    /// The single-store switch beside updating the user map by system call, for 1, 1,000 and 65,536 users.
+    Switch {
+        /// Print one JSON object alone on stdout.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().verb {
+        Verb::Setup => setup::run().map(|()| ExitCode::SUCCESS),
+        Verb::Run { args } => verbs::run(&args),
+        Verb::Test { filter } => verbs::test(filter.as_deref()),
+        Verb::Bench { what: Bench::Switch { json } } => verbs::bench_switch(json),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("error: {e:#}");
+        ExitCode::FAILURE
+    })
+}

@@ -1,0 +1,102 @@
+//! `run`, `test` and `bench`: build, then hand over to the project's own programs.
+
+use std::{
+    os::unix::process::ExitStatusExt as _,
+    process::{Command, ExitCode, ExitStatus},
+};
+
+use anyhow::Context as _;
+
+use crate::{
+    command::{cargo, run as run_command, succeeds, workspace},
+    setup,
+};
+
+/// The crates that only build for the BPF target.
+const BPF_CRATES: [&str; 2] = ["gateway-ebpf", "lab-provider-ebpf"];
+
+/// `cargo xtask run`: the lab's own `run`.
+pub fn run(args: &[String]) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    eprintln!("build: all programs");
+    run_command(cargo().args(["build", "--quiet", "--bins"]))?;
+    let lab = target_dir().join("debug/handover-lab");
+    hand_over(Command::new(&lab).arg("run").args(args))
+}
+
+/// `cargo xtask bench switch`.
+pub fn bench_switch(json: bool) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    let mut bench = cargo();
+    bench.args(["run", "--quiet", "--release", "--package", "handover-gateway", "--bin", "handover-gateway-bench"]);
+    bench.args(["--", "switch"]);
+    if json {
+        bench.arg("--json");
+    }
+    hand_over(&mut bench)
+}
+
+/// `cargo xtask test`: everything that has to hold before a change lands.
+pub fn test(filter: Option<&str>) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    let step = |what: &str| eprintln!("test: {what}");
+
+    step("formatting");
+    run_command(cargo().args(["fmt", "--all", "--check"]))?;
+
+    step("lints, host crates");
+    run_command(cargo().args(["clippy", "--quiet", "--all-targets", "--", "-D", "warnings"]))?;
+    step("lints, BPF crates");
+    for package in BPF_CRATES {
+        // apart: unified features would build the host half for the BPF target
+        let mut clippy = cargo();
+        clippy.args(["clippy", "--quiet", "--release", "--target", "bpfel-unknown-none", "-Zbuild-std=core"]);
+        clippy.args(["--package", package, "--target-dir"]).arg(target_dir().join("bpf-clippy"));
+        clippy.args(["--", "-D", "warnings"]).env("RUSTC_BOOTSTRAP", "1");
+        run_command(&mut clippy)?;
+    }
+
+    if succeeds(cargo().args(["deny", "--version"])) {
+        step("licences and sources of dependencies");
+        run_command(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
+    } else {
+        step("licences and sources of dependencies: SKIPPED, cargo-deny is not installed");
+    }
+
+    step("build of all programs");
+    run_command(cargo().args(["build", "--quiet", "--bins"]))?;
+
+    // The lab takes the machine for itself (one at a time), so its scenarios run one after the other.
+    step("unit and XDP tests");
+    let mut tests = cargo();
+    tests.args(["test", "--workspace", "--exclude", "handover-lab"]);
+    tests.args(BPF_CRATES.iter().flat_map(|c| ["--exclude", c]));
+    // the host half of the program: packet rules and layouts
+    let mut shared = cargo();
+    shared.args(["test", "--package", "gateway-ebpf", "--lib"]);
+    let mut lab = cargo();
+    lab.args(["test", "--package", "handover-lab"]);
+    for tests in [&mut tests, &mut shared] {
+        tests.args(["--", "--test-threads=1"]).args(filter);
+        run_command(tests)?;
+    }
+    step("the lab's scenarios");
+    run_command(lab.args(["--", "--test-threads=1"]).args(filter))?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn target_dir() -> std::path::PathBuf {
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), |d| workspace().join(d))
+}
+
+/// Runs `command` in our place: its streams are ours, and so is its exit code.
+fn hand_over(command: &mut Command) -> anyhow::Result<ExitCode> {
+    let status = command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    Ok(exit_code(status))
+}
+
+fn exit_code(status: ExitStatus) -> ExitCode {
+    // as a shell reports it: 128 + signal
+    let code = status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1);
+    ExitCode::from(u8::try_from(code).unwrap_or(1))
+}

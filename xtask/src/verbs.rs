@@ -58,7 +58,7 @@ pub fn test(filter: Option<&str>) -> anyhow::Result<ExitCode> {
 
     if succeeds(cargo().args(["deny", "--version"])) {
         step("licences and sources of dependencies");
-        run_command(cargo().args(["deny", "--offline", "check", "bans", "licenses", "sources"]))?;
+        run_command(cargo().args(["deny", "check", "bans", "licenses", "sources"]))?;
     } else {
         step("licences and sources of dependencies: SKIPPED, cargo-deny is not installed");
     }

@@ -16,6 +16,7 @@
 //! # Ok(()) }
 //! ```
 
+pub mod apps;
 pub mod ethtool;
 mod host;
 pub mod init;

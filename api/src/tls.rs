@@ -187,12 +187,13 @@ impl Tls {
     /// # Errors
     /// [`TlsError::Connect`] if `endpoint` is no host:port or the certificates cannot be used.
     pub fn endpoint(&self, role: Role, name: &str, endpoint: &str) -> Result<Endpoint, TlsError> {
-        let failed = |source| TlsError::Connect { role, name: name.into(), endpoint: endpoint.into(), source };
+        let failed =
+            |source| TlsError::Connect { role, name: name.into(), endpoint: endpoint.into(), source };
         let tls = ClientTlsConfig::new()
             .ca_certificate(self.ca.clone())
             .identity(self.identity.clone())
             .domain_name(dns_name(role, name));
-        Ok(Endpoint::from_shared(format!("https://{endpoint}"))
+        Endpoint::from_shared(format!("https://{endpoint}"))
             .map_err(failed)?
             .connect_timeout(Duration::from_secs(2))
             .http2_keep_alive_interval(Duration::from_millis(500))
@@ -200,7 +201,7 @@ impl Tls {
             .keep_alive_while_idle(true)
             .tcp_nodelay(true)
             .tls_config(tls)
-            .map_err(failed)?)
+            .map_err(failed)
     }
 
     /// Connects to `role` `name` at `endpoint` (host:port).
@@ -223,7 +224,8 @@ impl Tls {
 /// `UNAUTHENTICATED` without a certificate that names a role, over anything but the local socket.
 pub fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
     if let Some(uds) = request.extensions().get::<UdsConnectInfo>() {
-        let uid = uds.peer_cred.map(|c| c.uid()).ok_or_else(|| Status::unauthenticated("unknown local user"))?;
+        let uid =
+            uds.peer_cred.map(|c| c.uid()).ok_or_else(|| Status::unauthenticated("unknown local user"))?;
         return Ok(Peer::Local { uid });
     }
     let certs =

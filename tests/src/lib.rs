@@ -17,11 +17,13 @@
 //! ```
 
 pub mod apps;
+pub mod capture;
 pub mod ethtool;
 mod host;
 pub mod init;
 mod lab;
 mod proto;
+pub mod provider;
 
 pub use host::{Daemon, Ended, Host, Lines, Output, Process, Program};
 pub use lab::{Lab, cgroup_root, program, program_dir};

@@ -1,0 +1,16 @@
+//! Builds the provider's programs for the lab to embed.
+
+use anyhow::Context as _;
+use aya_build::{Package, Toolchain};
+
+fn main() -> anyhow::Result<()> {
+    let root_dir = concat!(env!("CARGO_MANIFEST_DIR"), "/provider-ebpf");
+    // SAFETY: a build script runs one thread here. `core` for the BPF target is built from source, which a stable cargo
+    // does only when told so; the variable ends with this script, no other crate sees it.
+    unsafe { std::env::set_var("RUSTC_BOOTSTRAP", "1") };
+    aya_build::build_ebpf(
+        [Package { name: "lab-provider-ebpf", root_dir, ..Default::default() }],
+        Toolchain::Custom("1.95.0"),
+    )
+    .context("building lab-provider-ebpf: `cargo xtask setup` installs what it needs")
+}

@@ -1,0 +1,483 @@
+//! What each [`Command`] means on the wire.
+//!
+//! Before the decision a call has a deadline, and an answer that was lost on the way is asked for again for a short
+//! while (every call is idempotent by migration); then it has failed, and the session aborts. After the decision a call
+//! is retried until it is confirmed, at intervals that double from 50 ms to 2 s; once it has failed for a while the
+//! session is told, so that nobody waits in silence.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use handover_api::v1;
+use tokio::{
+    sync::mpsc::UnboundedSender,
+    task::JoinSet,
+    time::{Instant, sleep, timeout, timeout_at},
+};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    controller::Controller,
+    driver::Clock,
+    inventory::Target,
+    peers::{self, Kind},
+    session::{
+        Command, Event, Finding, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
+    },
+};
+
+const FIRST_BACKOFF: Duration = Duration::from_millis(50);
+const LAST_BACKOFF: Duration = Duration::from_secs(2);
+
+/// Preflight looks around on a host and probes a router.
+const PREFLIGHT: Duration = Duration::from_secs(15);
+const STAGE: Duration = Duration::from_secs(10);
+const PREPARE: Duration = Duration::from_secs(20);
+/// Plus a second for each [`FREEZE_RATE`] of memory.
+const FREEZE: Duration = Duration::from_secs(30);
+/// What the slowest link that makes sense carries in a second, in bytes.
+const FREEZE_RATE: u64 = 32 << 20;
+/// The service is frozen: better back at once than switched late.
+const SWITCH: Duration = Duration::from_secs(3);
+const YIELD: Duration = Duration::from_secs(3);
+/// For how long a lost answer is asked for again before the decision.
+const ASK_AGAIN: Duration = Duration::from_secs(3);
+/// The same, while the service is frozen and nothing but a short call is missing.
+const ASK_AGAIN_FROZEN: Duration = Duration::from_millis(1500);
+/// Of one attempt after the decision.
+const CONFIRM: Duration = Duration::from_secs(5);
+/// After so long without a confirmation the session is told; the service itself is not waiting for this one.
+const LATE: Duration = Duration::from_secs(1);
+/// The same for a call that the service waits for (resume; abort at the source): then an operator is needed.
+const LATE_CRITICAL: Duration = Duration::from_secs(15);
+
+/// A failed call, in words.
+struct Failure {
+    reason: String,
+}
+
+/// One command, carried out in a task of its own.
+pub(crate) struct Call {
+    pub controller: Arc<Controller>,
+    pub plan: Arc<Plan>,
+    pub command: Command,
+    pub clock: Clock,
+    pub memory_bytes: u64,
+    pub events: UnboundedSender<(Command, Event)>,
+}
+
+impl Call {
+    /// Carries the command out and reports what comes of it.
+    pub(crate) async fn run(self) {
+        let sent_us = self.clock.now_us();
+        let id = self.plan.id.clone();
+        tracing::debug!(session = %id, command = ?self.command, "asked");
+        let event = match self.command.clone() {
+            Command::Check => {
+                let (findings, facts) = preflight(&self.controller, &self.plan, &self.plan.id).await;
+                Event::Checked { findings, pid: facts.pid, memory_bytes: facts.memory_bytes, sent_us }
+            }
+            Command::Stage(gateway) => {
+                let request = stage_request(&self.plan, &gateway, &self.plan.id);
+                let answer = self.before(STAGE, ASK_AGAIN, || {
+                    let (client, request) = (self.gateway(&gateway), with_deadline(request.clone(), STAGE));
+                    async move { client?.stage(request).await }
+                });
+                match answer.await {
+                    Ok(r) => Event::Staged {
+                        gateway,
+                        ticket: Ticket { switch: r.switch, generation: r.generation },
+                        sent_us,
+                    },
+                    Err(f) => self.failed(Step::Stage, format!("gateway {gateway}"), f, sent_us),
+                }
+            }
+            Command::Prepare => {
+                let request = v1::PrepareRequest {
+                    migration: id,
+                    service: Some(service(&self.plan)),
+                    destination: Some(server(&self.plan.to)),
+                    user_addresses: self.plan.user_addresses(),
+                    allow_other_peers: self.plan.allow_other_peers,
+                };
+                let answer = self.before(PREPARE, ASK_AGAIN, || {
+                    let (client, request) = (self.source(), with_deadline(request.clone(), PREPARE));
+                    async move { client?.prepare(request).await }
+                });
+                match answer.await {
+                    Ok(_) => Event::Prepared { sent_us },
+                    Err(f) => self.failed(Step::Prepare, self.source_name(), f, sent_us),
+                }
+            }
+            Command::Freeze => self.freeze(id, sent_us).await,
+            Command::Switch(gateway, switch, generation) => {
+                let request = v1::SwitchRequest {
+                    migration: id,
+                    switch,
+                    generation,
+                    users: self.plan.users_at(&gateway),
+                    to_network: self.plan.to.network.clone(),
+                };
+                let answer = self.before(SWITCH, ASK_AGAIN_FROZEN, || {
+                    let (client, request) = (self.gateway(&gateway), with_deadline(request.clone(), SWITCH));
+                    async move { client?.switch(request).await }
+                });
+                match answer.await {
+                    Ok(r) => Event::Switched {
+                        gateway,
+                        window_ns: r.window_ns,
+                        store_latency_ns: r.store_latency_ns,
+                        sent_us,
+                    },
+                    Err(f) => self.failed(Step::Switch, format!("gateway {gateway}"), f, sent_us),
+                }
+            }
+            Command::Yield => {
+                let request = v1::YieldRequest { migration: id };
+                let answer = self.before(YIELD, ASK_AGAIN_FROZEN, || {
+                    let (client, request) = (self.source(), with_deadline(request.clone(), YIELD));
+                    async move { client?.r#yield(request).await }
+                });
+                match answer.await {
+                    Ok(_) => Event::Yielded { sent_us },
+                    Err(f) => self.failed(Step::Yield, self.source_name(), f, sent_us),
+                }
+            }
+            // the driver's own: there is nobody to ask
+            Command::DecideCommit | Command::DecideAbort => return,
+            Command::Resume | Command::End | Command::Finish(_) | Command::Undo(_) => self.confirm(id).await,
+        };
+        // the driver has gone only if the controller has
+        let _ = self.events.send((self.command, event));
+    }
+
+    async fn freeze(&self, migration: String, sent_us: u64) -> Event {
+        let request =
+            v1::FreezeRequest { migration, yield_with_vote: self.plan.policy == Policy::Disaster };
+        let deadline = FREEZE + Duration::from_secs(self.memory_bytes / FREEZE_RATE);
+        let answer = self.before(deadline, ASK_AGAIN, || {
+            let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
+            async move { client?.freeze(request).await }
+        });
+        match answer.await {
+            Ok(r) => {
+                let steps = r
+                    .steps
+                    .into_iter()
+                    .map(|s| SubStep { name: s.name, started_us: s.started_us, took_us: s.took_us })
+                    .collect();
+                let vote = Vote {
+                    steps,
+                    pid: r.pid,
+                    image_bytes: r.image_bytes,
+                    connections: r.connections,
+                    losses: r.losses,
+                };
+                Event::Frozen { vote, sent_us }
+            }
+            Err(f) => self.failed(Step::Freeze, self.source_name(), f, sent_us),
+        }
+    }
+
+    /// After the decision: until it is confirmed.
+    async fn confirm(&self, migration: String) -> Event {
+        let mut backoff = FIRST_BACKOFF;
+        let began = Instant::now();
+        let mut told = false;
+        loop {
+            let sent_us = self.clock.now_us();
+            let answer = timeout(CONFIRM, self.confirm_once(&migration, sent_us)).await;
+            let reason = match answer {
+                Ok(Ok(event)) => return event,
+                Ok(Err(status)) => peers::words(&status),
+                Err(_) => format!("no answer within {}", seconds(CONFIRM)),
+            };
+            let critical = matches!(self.command, Command::Resume | Command::Undo(Participant::Source));
+            let patience = if critical { LATE_CRITICAL } else { LATE };
+            if !told && began.elapsed() >= patience {
+                told = true;
+                tracing::warn!(session = %migration, command = ?self.command, reason, "not confirmed yet, retried");
+                if let Some(participant) = self.command.confirmed_by() {
+                    let _ = self.events.send((self.command.clone(), Event::Unconfirmed { participant, reason }));
+                }
+            }
+            sleep(backoff).await;
+            backoff = (backoff * 2).min(LAST_BACKOFF);
+        }
+    }
+
+    async fn confirm_once(&self, migration: &str, sent_us: u64) -> Result<Event, Status> {
+        let migration = migration.to_owned();
+        Ok(match &self.command {
+            Command::Resume => {
+                let request = with_deadline(v1::ResumeRequest { migration }, CONFIRM);
+                let r = self.migrator(&self.plan.to)?.resume(request).await?.into_inner();
+                Event::Resumed { pid: r.pid, sent_us }
+            }
+            Command::End => {
+                self.source()?.end(with_deadline(v1::EndRequest { migration }, CONFIRM)).await?;
+                Event::Ended { sent_us }
+            }
+            Command::Finish(gateway) => {
+                self.finish(gateway).await?;
+                Event::Finished { gateway: gateway.clone(), sent_us }
+            }
+            Command::Undo(participant) => {
+                let alive = match participant {
+                    Participant::Gateway(g) => {
+                        let request = v1::AbortSwitchRequest { migration };
+                        self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        false
+                    }
+                    Participant::Source | Participant::Destination => {
+                        let side = if *participant == Participant::Source { &self.plan.from } else { &self.plan.to };
+                        let request = with_deadline(v1::AbortMigrationRequest { migration }, CONFIRM);
+                        self.migrator(side)?.abort(request).await?.into_inner().alive
+                    }
+                };
+                Event::Undone { participant: participant.clone(), alive, sent_us }
+            }
+            other => return Err(Status::internal(format!("{other:?} is not confirmed"))),
+        })
+    }
+
+    /// Finish, and see that the users are where the decision put them: a gateway that was started again between switch
+    /// and finish may know nothing of the switch, and confirm that there is nothing left to finish.
+    async fn finish(&self, gateway: &str) -> Result<(), Status> {
+        let plan = &self.plan;
+        let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
+        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?;
+        let Some((from, users)) = self.strayed(gateway).await? else { return Ok(()) };
+        tracing::warn!(session = %plan.id, gateway, ?users, %from, "the gateway has forgotten the switch: switched again");
+        let migration = format!("{}-again", plan.id);
+        let mut client = self.gateway(gateway)?;
+        let request = v1::StageRequest {
+            migration: migration.clone(),
+            users: users.clone(),
+            from_network: from,
+            to_network: plan.to.network.clone(),
+        };
+        let staged = client.stage(with_deadline(request, CONFIRM)).await?.into_inner();
+        let request = v1::SwitchRequest {
+            migration: migration.clone(),
+            switch: staged.switch,
+            generation: staged.generation,
+            users,
+            to_network: plan.to.network.clone(),
+        };
+        client.switch(with_deadline(request, CONFIRM)).await?;
+        client.finish(with_deadline(v1::FinishSwitchRequest { migration }, CONFIRM)).await?;
+        match self.strayed(gateway).await? {
+            None => Ok(()),
+            Some((network, users)) => {
+                Err(Status::failed_precondition(format!("{} still on network {network}", users.join(", "))))
+            }
+        }
+    }
+
+    /// Switched users that the gateway has on another network, and the network of the first of them.
+    async fn strayed(&self, gateway: &str) -> Result<Option<(String, Vec<String>)>, Status> {
+        self.controller.configure(gateway).await.map_err(Status::unavailable)?;
+        let request = with_deadline(v1::GatewayStatusRequest {}, CONFIRM);
+        let status = self.gateway(gateway)?.status(request).await?.into_inner();
+        let mine = self.plan.users_at(gateway);
+        let elsewhere = status.users.iter().filter(|u| mine.contains(&u.name) && u.network != self.plan.to.network);
+        let network = elsewhere.clone().map(|u| u.network.clone()).next();
+        Ok(network.map(|n| (n.clone(), elsewhere.filter(|u| u.network == n).map(|u| u.name.clone()).collect())))
+    }
+
+    /// Before the decision: until answered, refused, or lost for good.
+    async fn before<T, F>(
+        &self,
+        deadline: Duration,
+        ask_again: Duration,
+        call: impl Fn() -> F,
+    ) -> Result<T, Failure>
+    where
+        F: Future<Output = Result<Response<T>, Status>>,
+    {
+        let end = Instant::now() + deadline;
+        let mut backoff = FIRST_BACKOFF;
+        let mut first_loss = None;
+        loop {
+            let status = match timeout_at(end, call()).await {
+                Ok(Ok(response)) => return Ok(response.into_inner()),
+                Ok(Err(status)) => status,
+                Err(_) => return Err(Failure { reason: format!("no answer within {}", seconds(deadline)) }),
+            };
+            let since = *first_loss.get_or_insert_with(Instant::now);
+            if !peers::lost(&status) || since.elapsed() + backoff > ask_again {
+                return Err(Failure { reason: peers::words(&status) });
+            }
+            tracing::warn!(session = %self.plan.id, command = ?self.command, reason = peers::words(&status),
+                "the answer was lost; asked again");
+            sleep(backoff).await;
+            backoff = (backoff * 2).min(LAST_BACKOFF);
+        }
+    }
+
+    fn failed(&self, step: Step, actor: String, failure: Failure, sent_us: u64) -> Event {
+        let parts = ["fence", "dump", "copy", "restore", "address"];
+        let part = failure.reason.split_once(':').map(|(part, _)| part.trim()).filter(|p| parts.contains(p));
+        let part = part.filter(|_| step == Step::Freeze).map(str::to_owned);
+        tracing::warn!(session = %self.plan.id, %step, actor, reason = failure.reason, "failed");
+        Event::Failed { step, part, actor, reason: failure.reason, sent_us }
+    }
+
+    fn source_name(&self) -> String {
+        Participant::Source.name(&self.plan)
+    }
+
+    fn gateway(&self, name: &str) -> Result<v1::gateway_client::GatewayClient<tonic::transport::Channel>, Status> {
+        Ok(self.controller.peers.get(Kind::Gateway, name)?.gateway())
+    }
+
+    fn migrator(&self, side: &Side) -> Result<v1::migrator_client::MigratorClient<tonic::transport::Channel>, Status> {
+        Ok(self.controller.peers.get(Kind::Migrator, &side.server)?.migrator())
+    }
+
+    fn source(&self) -> Result<v1::migrator_client::MigratorClient<tonic::transport::Channel>, Status> {
+        self.migrator(&self.plan.from)
+    }
+}
+
+fn seconds(d: Duration) -> String {
+    format!("{} s", d.as_secs_f32())
+}
+
+fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(deadline);
+    request
+}
+
+fn service(plan: &Plan) -> v1::ServiceSpec {
+    use v1::target::By;
+    let by = match &plan.target {
+        Target::Pid(pid) => By::Pid(*pid),
+        Target::Pidfile(path) => By::Pidfile(path.clone()),
+        Target::Command(pattern) => By::Command(pattern.clone()),
+    };
+    v1::ServiceSpec {
+        name: plan.service.clone(),
+        address: plan.address.clone(),
+        target: Some(v1::Target { by: Some(by) }),
+    }
+}
+
+fn server(side: &Side) -> v1::Server {
+    v1::Server { name: side.server.clone(), migration_endpoint: side.migration.clone() }
+}
+
+fn stage_request(plan: &Plan, gateway: &str, migration: &str) -> v1::StageRequest {
+    v1::StageRequest {
+        migration: migration.to_owned(),
+        users: plan.users_at(gateway),
+        from_network: plan.from.network.clone(),
+        to_network: plan.to.network.clone(),
+    }
+}
+
+/// Asks everyone, touching nothing, whether the migration could succeed: gateways, and the source before the
+/// destination, which needs the source's facts. A daemon that does not answer is a finding too.
+pub(crate) async fn preflight(
+    controller: &Arc<Controller>,
+    plan: &Plan,
+    migration: &str,
+) -> (Vec<Finding>, v1::ProcessFacts) {
+    let mut gateways = JoinSet::new();
+    for gateway in plan.gateways.keys() {
+        let (controller, gateway) = (Arc::clone(controller), gateway.clone());
+        let request = stage_request(plan, &gateway, migration);
+        gateways.spawn(async move {
+            let who = format!("gateway {gateway}");
+            let check = async {
+                controller.configure(&gateway).await.map_err(Status::unavailable)?;
+                let mut client = controller.peers.get(Kind::Gateway, &gateway)?.gateway();
+                client.check_switch(with_deadline(request, PREFLIGHT)).await
+            };
+            match asked(&who, check).await {
+                Ok(r) => r.findings.into_iter().map(from_wire).collect(),
+                Err(finding) => vec![finding],
+            }
+        });
+    }
+    let (mut findings, facts) = preflight_servers(controller, plan, migration).await;
+    let mut of_gateways: Vec<Finding> = gateways.join_all().await.into_iter().flatten().collect();
+    of_gateways.sort_by(|a, b| a.reporter.cmp(&b.reporter));
+    findings.extend(of_gateways);
+    (findings, facts.unwrap_or_default())
+}
+
+async fn preflight_servers(
+    controller: &Controller,
+    plan: &Plan,
+    migration: &str,
+) -> (Vec<Finding>, Option<v1::ProcessFacts>) {
+    let request = v1::PreflightRequest {
+        migration: migration.to_owned(),
+        service: Some(service(plan)),
+        role: v1::preflight_request::Role::Source.into(),
+        destination: Some(server(&plan.to)),
+        facts: None,
+        user_addresses: plan.user_addresses(),
+        allow_other_peers: plan.allow_other_peers,
+    };
+    let ask = |side: &Side, request: v1::PreflightRequest| {
+        let peer = controller.peers.get(Kind::Migrator, &side.server);
+        async move { peer?.migrator().preflight(with_deadline(request, PREFLIGHT)).await }
+    };
+    let mut findings = Vec::new();
+    let mut facts = None;
+    match asked(&Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
+        Ok(r) => {
+            findings.extend(r.findings.into_iter().map(from_wire));
+            facts = r.facts;
+        }
+        Err(finding) => findings.push(finding),
+    }
+    let who = Participant::Destination.name(plan);
+    if facts.is_some() {
+        let role = v1::preflight_request::Role::Destination.into();
+        let request = v1::PreflightRequest { role, facts: facts.clone(), ..request };
+        match asked(&who, ask(&plan.to, request)).await {
+            Ok(r) => findings.extend(r.findings.into_iter().map(from_wire)),
+            Err(finding) => findings.push(finding),
+        }
+    } else {
+        // without the process's facts only this much can be known
+        let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
+        let status = async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
+        findings.extend(asked(&who, status).await.err());
+    }
+    (findings, facts)
+}
+
+/// The answer of a preflight call, or the finding that there was none.
+async fn asked<T>(who: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Finding> {
+    let status = match timeout(PREFLIGHT, call).await {
+        Ok(Ok(response)) => return Ok(response.into_inner()),
+        Ok(Err(status)) => status,
+        Err(_) => Status::deadline_exceeded(format!("no answer within {}", seconds(PREFLIGHT))),
+    };
+    let unreachable = peers::lost(&status) || status.code() == tonic::Code::Unavailable;
+    let (code, what, remedy) = if unreachable {
+        ("unreachable", "cannot be reached", "`handover status` shows who can be; see that the daemon runs and that the control network carries")
+    } else {
+        ("preflight-failed", "could not check", "see the daemon's log")
+    };
+    Err(Finding {
+        severity: Severity::Error,
+        code: code.into(),
+        reporter: "controller".into(),
+        message: format!("{who} {what}: {}", peers::words(&status)),
+        remedy: remedy.into(),
+    })
+}
+
+fn from_wire(f: v1::Finding) -> Finding {
+    let severity = match f.severity() {
+        v1::finding::Severity::Error => Severity::Error,
+        v1::finding::Severity::Warning | v1::finding::Severity::Unspecified => Severity::Warning,
+    };
+    Finding { severity, code: f.code, reporter: f.reporter, message: f.message, remedy: f.remedy }
+}

@@ -1,0 +1,434 @@
+//! The controller: its world, journal and peers in one place, and the drivers of its sessions.
+//!
+//! Invariants:
+//! - the world changes by records only, and by each record after it is in the journal (or, for the votes, on its way
+//!   there together with the decision: [`crate::session::Event::forced`]);
+//! - requests and inventories are checked and recorded one at a time, so a check holds until its record is in;
+//! - after a failed append the controller stops ([`Fatal`]): what is durable is found out by the next start.
+
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use handover_api::{
+    tls::{Tls, TlsError},
+    v1,
+};
+use tokio::{sync::watch, time::timeout};
+use tonic::Request;
+
+use crate::{
+    calls, driver,
+    inventory::{self, Change, InventoryError},
+    journal::{Journal, JournalError},
+    peers::{self, Kind, Peer, Peers, Seen},
+    session::{Entry, Event, Finding, Plan, Session},
+    triggers,
+    world::{Record, RequestError, World, WorldError},
+};
+
+/// How often a peer is asked whether it is there.
+const ASK_EVERY: Duration = Duration::from_secs(1);
+/// How long it has for its answer.
+const ASK: Duration = Duration::from_secs(3);
+
+/// The controller cannot go on and has to be started again.
+#[derive(Debug, Clone, thiserror::Error)]
+#[error("{0}")]
+pub struct Fatal(String);
+
+/// Why a controller could not be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The journal cannot be used.
+    #[error(transparent)]
+    Journal(#[from] JournalError),
+    /// The journal contradicts itself.
+    #[error("journal record {seq} contradicts those before it; restore the journal from a backup, it is not used as it is")]
+    History {
+        /// Which record.
+        seq: usize,
+        /// How.
+        #[source]
+        source: WorldError,
+    },
+    /// The certificates cannot be used.
+    #[error("certificates")]
+    Tls(#[from] TlsError),
+}
+
+/// Why an inventory was not applied.
+#[derive(Debug, thiserror::Error)]
+pub enum ApplyError {
+    /// It is wrong in itself.
+    #[error(transparent)]
+    Inventory(#[from] InventoryError),
+    /// It contradicts what is going on.
+    #[error("{}", .0.join("\n"))]
+    Against(Vec<String>),
+    /// The certificates cannot be used.
+    #[error("certificates")]
+    Tls(#[from] TlsError),
+    /// The controller has to stop.
+    #[error(transparent)]
+    Fatal(#[from] Fatal),
+}
+
+/// Why a request did not become a session.
+#[derive(Debug, thiserror::Error)]
+pub enum MigrateError {
+    /// It cannot.
+    #[error(transparent)]
+    Request(#[from] RequestError),
+    /// Not now.
+    #[error("the controller is stopping; ask again when it is back")]
+    Stopping,
+    /// The controller has to stop.
+    #[error(transparent)]
+    Fatal(#[from] Fatal),
+}
+
+/// The controller.
+#[derive(Debug)]
+pub struct Controller {
+    world: Mutex<World>,
+    journal: Journal,
+    pub(crate) peers: Peers,
+    /// Held from the check of a request or inventory until its record is in.
+    accepting: tokio::sync::Mutex<()>,
+    /// Counts changes of the world, for those who watch.
+    changes: watch::Sender<u64>,
+    stopping: watch::Sender<bool>,
+    fatal: watch::Sender<Option<Fatal>>,
+}
+
+impl Controller {
+    /// Opens the journal in `state_dir` and goes on where it ends: sessions without a decision are aborted, those with
+    /// one are brought to their end.
+    ///
+    /// # Errors
+    /// [`OpenError`]; nothing was touched.
+    pub fn open(state_dir: &Path, tls: Tls) -> Result<Arc<Self>, OpenError> {
+        let (journal, records) = Journal::open(state_dir)?;
+        let mut world = World::default();
+        for (i, record) in records.iter().enumerate() {
+            world.apply(record).map_err(|source| OpenError::History { seq: i + 1, source })?;
+        }
+        let (inventory, unfinished) = (Arc::clone(&world.inventory), world.unfinished());
+        tracing::info!(
+            records = records.len(),
+            revision = world.revision,
+            sessions = world.order.len(),
+            unfinished = unfinished.len(),
+            "journal read"
+        );
+        let controller = Arc::new(Self {
+            world: Mutex::new(world),
+            journal,
+            peers: Peers::new(tls),
+            accepting: tokio::sync::Mutex::default(),
+            changes: watch::Sender::new(0),
+            stopping: watch::Sender::new(false),
+            fatal: watch::Sender::new(None),
+        });
+        controller.watch_new_peers(controller.peers.take(&inventory)?);
+        for id in unfinished {
+            controller.spawn_driver(id, None);
+        }
+        Ok(controller)
+    }
+
+    fn world(&self) -> MutexGuard<'_, World> {
+        // a panic while the lock was held cannot leave half a record behind: apply changes nothing on error
+        self.world.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The world as it is now.
+    pub fn snapshot(&self) -> World {
+        self.world().clone()
+    }
+
+    /// A session as it is now.
+    pub fn session(&self, id: &str) -> Option<Session> {
+        self.world().sessions.get(id).cloned()
+    }
+
+    /// Changes whenever the world does.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changes.subscribe()
+    }
+
+    /// True once the controller is stopping.
+    pub fn stopping(&self) -> watch::Receiver<bool> {
+        self.stopping.subscribe()
+    }
+
+    /// Resolves when the controller cannot go on.
+    pub async fn failed(&self) -> Fatal {
+        let mut fatal = self.fatal.subscribe();
+        let found = fatal.wait_for(Option::is_some).await.ok().and_then(|f| f.clone());
+        found.unwrap_or_else(|| Fatal("the controller has ended".into()))
+    }
+
+    /// Ends in order: no new sessions, those undecided are aborted; waits until nothing is running, at most `patience`.
+    pub async fn stop(&self, patience: Duration) {
+        self.stopping.send_replace(true);
+        let mut changes = self.changes();
+        let quiet = async {
+            while self.world().running() > 0 {
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        if timeout(patience, quiet).await.is_err() {
+            tracing::warn!("sessions are still under way; the next start goes on with them");
+        }
+    }
+
+    /// Makes records durable.
+    pub(crate) async fn append(&self, records: Vec<Record>) -> Result<(), Fatal> {
+        self.journal.append(records).await.map_err(|e| self.give_up(&e))
+    }
+
+    fn give_up(&self, error: &dyn std::error::Error) -> Fatal {
+        let mut words = error.to_string();
+        let mut next = error.source();
+        while let Some(source) = next {
+            words = format!("{words}: {source}");
+            next = source.source();
+        }
+        let fatal = Fatal(words);
+        tracing::error!(%fatal, "the controller stops: the next start finds out what is durable");
+        self.fatal.send_replace(Some(fatal.clone()));
+        fatal
+    }
+
+    /// Lets the world take a record of a session; returns the session.
+    pub(crate) fn take(&self, record: &Record) -> Result<Session, Fatal> {
+        let session = {
+            let mut world = self.world();
+            world.apply(record).map_err(|e| self.give_up(&e))?;
+            match record {
+                Record::Session { id, .. } => world.sessions.get(id).cloned(),
+                Record::Applied { .. } => None,
+            }
+        };
+        self.changes.send_modify(|n| *n += 1);
+        session.ok_or_else(|| Fatal("a record of no session".into()))
+    }
+
+    fn spawn_driver(self: &Arc<Self>, id: String, clock: Option<driver::Clock>) {
+        // a journal that failed has been reported by `append`
+        tokio::spawn(driver::drive(Arc::clone(self), id, clock));
+    }
+
+    /// Applies an inventory. Returns its revision, what it changes, and which gateways could not be told yet.
+    ///
+    /// # Errors
+    /// [`ApplyError`]; nothing was changed.
+    pub async fn apply(
+        self: &Arc<Self>,
+        text: &str,
+        dry_run: bool,
+    ) -> Result<(u64, Vec<Change>, Vec<String>), ApplyError> {
+        let new = inventory::parse(text)?;
+        let accepting = self.accepting.lock().await;
+        let (changes, revision) = {
+            let world = self.world();
+            (world.check_apply(&new).map_err(ApplyError::Against)?, world.revision)
+        };
+        if dry_run || changes.is_empty() {
+            return Ok((revision, changes, Vec::new()));
+        }
+        let inventory = Arc::new(new);
+        let record = Record::Applied { revision: revision + 1, inventory: Arc::clone(&inventory) };
+        self.append(vec![record.clone()]).await?;
+        self.world().apply(&record).map_err(|e| self.give_up(&e))?;
+        self.changes.send_modify(|n| *n += 1);
+        tracing::info!(revision = revision + 1, changes = changes.len(), "inventory applied");
+        self.watch_new_peers(self.peers.take(&inventory)?);
+        drop(accepting);
+        Ok((revision + 1, changes, self.configure_all().await))
+    }
+
+    /// Tells every gateway; returns those that could not be told, in words.
+    async fn configure_all(self: &Arc<Self>) -> Vec<String> {
+        let mut tasks = tokio::task::JoinSet::new();
+        for peer in self.peers.all().into_iter().filter(|p| p.kind == Kind::Gateway) {
+            let controller = Arc::clone(self);
+            tasks.spawn(async move {
+                let result = controller.configure(&peer.name).await;
+                peer.ask.notify_one();
+                result.err().map(|why| format!("gateway {} is not configured yet: {why}", peer.name))
+            });
+        }
+        let mut notes: Vec<String> = tasks.join_all().await.into_iter().flatten().collect();
+        notes.sort();
+        notes
+    }
+
+    /// Turns a request into a session and starts it.
+    ///
+    /// # Errors
+    /// [`MigrateError`]; there is no session.
+    pub async fn migrate(self: &Arc<Self>, request: &triggers::Request) -> Result<String, MigrateError> {
+        let _accepting = self.accepting.lock().await;
+        if *self.stopping.borrow() {
+            return Err(MigrateError::Stopping);
+        }
+        let plan = Arc::new(self.world().plan(request, driver::unix_ms())?);
+        let id = plan.id.clone();
+        let clock = driver::Clock::start();
+        let entry = Entry { at_us: 0, event: Event::Requested { plan } };
+        let record = Record::Session { id: id.clone(), entry };
+        self.append(vec![record.clone()]).await?;
+        self.take(&record)?;
+        tracing::info!(session = %id, to = request.to_site, trigger = request.trigger, "session requested");
+        self.spawn_driver(id.clone(), Some(clock));
+        Ok(id)
+    }
+
+    /// What a request would come to: its plan, and what preflight finds. Touches nothing.
+    ///
+    /// # Errors
+    /// [`RequestError`] if it could not even become a session.
+    pub async fn rehearse(self: &Arc<Self>, request: &triggers::Request) -> Result<(Plan, Vec<Finding>), RequestError> {
+        let plan = self.world().plan(request, driver::unix_ms())?;
+        let name = format!("{}-dry-run", plan.service);
+        let (found, _) = calls::preflight(self, &plan, &name).await;
+        let findings = plan.findings.iter().cloned().chain(found).collect();
+        Ok((plan, findings))
+    }
+
+    /// Every peer and what was last seen of it.
+    pub fn peers(&self) -> Vec<Arc<Peer>> {
+        self.peers.all()
+    }
+
+    fn watch_new_peers(self: &Arc<Self>, new: Vec<Arc<Peer>>) {
+        for peer in new {
+            tokio::spawn(watch_peer(Arc::downgrade(self), peer));
+        }
+    }
+
+    /// Sees that a gateway has the inventory of now: one that was started again, or is behind, is configured with the
+    /// networks its users are on.
+    ///
+    /// # Errors
+    /// In words: why it has not.
+    pub(crate) async fn configure(&self, gateway: &str) -> Result<(), String> {
+        let peer = self.peers.get(Kind::Gateway, gateway).map_err(|s| peers::words(&s))?;
+        self.configure_peer(&peer).await.map(|_| ())
+    }
+
+    async fn configure_peer(&self, peer: &Peer) -> Result<v1::GatewayStatus, String> {
+        let mut configured = peer.configured.lock().await;
+        let mut client = peer.gateway();
+        let status = answer(client.status(with_deadline(v1::GatewayStatusRequest {}))).await?;
+        let request = self.configuration(&peer.name);
+        let revision = request.revision;
+        if status.revision == revision && *configured == Some((status.boot_id.clone(), revision)) {
+            return Ok(status);
+        }
+        if status.revision > revision {
+            return Err(format!(
+                "it has inventory revision {}, newer than this controller's {revision}: it is another controller's, or this one's journal is an old copy",
+                status.revision
+            ));
+        }
+        answer(client.configure(with_deadline(request))).await?;
+        tracing::info!(gateway = peer.name, revision, boot = status.boot_id, "configured");
+        *configured = Some((status.boot_id.clone(), revision));
+        Ok(v1::GatewayStatus { revision, ..status })
+    }
+
+    fn configuration(&self, gateway: &str) -> v1::ConfigureRequest {
+        let world = self.world();
+        let inventory = &world.inventory;
+        v1::ConfigureRequest {
+            revision: world.revision,
+            networks: inventory
+                .networks
+                .iter()
+                .map(|(name, n)| v1::Network {
+                    name: name.clone(),
+                    vid: n.vid.map(u32::from),
+                    router_address: n.router_address.to_string(),
+                    router_mac: n.router_mac.clone(),
+                })
+                .collect(),
+            users: inventory
+                .users
+                .iter()
+                .filter(|(_, u)| u.gateway == gateway)
+                .map(|(name, u)| v1::User {
+                    name: name.clone(),
+                    mac: u.mac.clone(),
+                    addresses: u.addresses.iter().map(ToString::to_string).collect(),
+                    network: world.users.get(name).cloned().unwrap_or_default(),
+                })
+                .collect(),
+        }
+    }
+
+    /// Asks a peer whether it is there.
+    async fn look(&self, peer: &Peer) -> Seen {
+        let detail = match peer.kind {
+            Kind::Gateway => match self.configure_peer(peer).await {
+                Ok(s) => {
+                    let interfaces = s.interfaces.iter().map(|i| format!("{} {}", i.name, i.attach_mode));
+                    Ok(std::iter::once(format!("revision {}", s.revision)).chain(interfaces).collect::<Vec<_>>().join(", "))
+                }
+                Err(why) => Err(why),
+            },
+            Kind::Migrator => {
+                let mut client = peer.migrator();
+                answer(client.status(with_deadline(v1::MigratorStatusRequest {})))
+                    .await
+                    .map(|s| format!("CRIU {}, kernel {}", s.criu_version, s.kernel))
+            }
+        };
+        match detail {
+            Ok(detail) => Seen { reachable: true, detail },
+            Err(detail) => Seen { reachable: false, detail },
+        }
+    }
+}
+
+fn with_deadline<T>(message: T) -> Request<T> {
+    let mut request = Request::new(message);
+    request.set_timeout(ASK);
+    request
+}
+
+async fn answer<T>(
+    call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
+) -> Result<T, String> {
+    match timeout(ASK, call).await {
+        Ok(Ok(response)) => Ok(response.into_inner()),
+        Ok(Err(status)) => Err(peers::words(&status)),
+        Err(_) => Err(format!("no answer within {} s", ASK.as_secs())),
+    }
+}
+
+/// Asks about a peer for as long as it is in the inventory.
+async fn watch_peer(controller: Weak<Controller>, peer: Arc<Peer>) {
+    let mut gone = peer.gone.subscribe();
+    loop {
+        let Some(c) = controller.upgrade() else { return };
+        let seen = c.look(&peer).await;
+        let was = peer.seen();
+        if peer.see(seen.clone()) && was.reachable != seen.reachable {
+            tracing::info!(%peer, reachable = seen.reachable, detail = seen.detail, "peer");
+        }
+        drop(c);
+        tokio::select! {
+            _ = gone.wait_for(|g| *g) => return,
+            () = peer.ask.notified() => {}
+            () = tokio::time::sleep(ASK_EVERY) => {}
+        }
+    }
+}

@@ -1,0 +1,287 @@
+//! A session as people see it: its steps with times, its outcome, what is still to be confirmed. Derived from the
+//! session's log alone, so it is the same after a restart.
+//!
+//! All times are microseconds since the request by the controller's clock. A daemon's own steps come as offsets from its
+//! receipt of the call and are placed after the instant the call was sent, so they may stand too early by one way's
+//! delay, never too late; `frozen_us` is therefore an upper bound.
+
+use handover_api::v1;
+
+use crate::session::{
+    Command, Decision, Event, Finding, Outcome, Participant, Plan, Session, Severity, State, Step, next,
+};
+
+/// The names of the steps, in order, as in the table of the sequence.
+pub const STEPS: [&str; 17] = [
+    "request", "preflight", "stage", "prepare", "freeze", "fence", "dump", "copy", "restore", "address", "switch",
+    "yield", "decision", "resume", "end", "finish", "completed",
+];
+
+/// What would be done, one line per step.
+pub fn plan_lines(plan: &Plan) -> Vec<String> {
+    let users = |g: &str| plan.users_at(g).join(", ");
+    let (a, b) = (&plan.from.server, &plan.to.server);
+    let mut lines = Vec::new();
+    for g in plan.gateways.keys() {
+        lines.push(format!(
+            "stage     gateway {g}: {} from {} to {}, invisible to traffic",
+            users(g),
+            plan.from.network,
+            plan.to.network
+        ));
+    }
+    lines.push(format!("prepare   migrator {a}: find the process of {}, connect to {b}, reserve there", plan.service));
+    lines.push(format!(
+        "freeze    migrator {a}: fence {}, dump, copy to {b}, restore there stopped; {} leaves {a}",
+        plan.address, plan.address
+    ));
+    for g in plan.gateways.keys() {
+        lines.push(format!("switch    gateway {g}: {} to {}, one store", users(g), plan.to.network));
+    }
+    lines.push(match plan.policy {
+        crate::session::Policy::Late => format!("yield     migrator {a}: gives up the right to go back alone"),
+        crate::session::Policy::Disaster => format!("yield     migrator {a}: already with its vote (policy disaster)"),
+    });
+    lines.push("decision  controller: COMMIT, durable; before it everything is undone on failure".into());
+    lines.push(format!("resume    migrator {b}: fence off, the copy runs, {} is announced", plan.address));
+    lines.push(format!("end       migrator {a}: the frozen original ends silently"));
+    for g in plan.gateways.keys() {
+        lines.push(format!("finish    gateway {g}: {} is the only network of {}", plan.to.network, users(g)));
+    }
+    lines
+}
+
+/// A finding on the wire.
+pub fn finding(f: &Finding) -> v1::Finding {
+    let severity = match f.severity {
+        Severity::Warning => v1::finding::Severity::Warning,
+        Severity::Error => v1::finding::Severity::Error,
+    };
+    v1::Finding {
+        severity: severity.into(),
+        code: f.code.clone(),
+        reporter: f.reporter.clone(),
+        message: f.message.clone(),
+        remedy: f.remedy.clone(),
+    }
+}
+
+/// The session on the wire.
+pub fn session(session: &Session) -> v1::Session {
+    let plan = &*session.plan;
+    let mut view = v1::Session {
+        id: plan.id.clone(),
+        service: plan.service.clone(),
+        from_site: plan.from.site.clone(),
+        to_site: plan.to.site.clone(),
+        from_server: plan.from.server.clone(),
+        to_server: plan.to.server.clone(),
+        users: plan.users().map(str::to_owned).collect(),
+        trigger: plan.trigger.clone(),
+        state: session.state.name().into(),
+        outcome: outcome(session.state.outcome()).into(),
+        requested_at_ms: plan.requested_at_ms,
+        findings: plan.findings.iter().map(finding).collect(),
+        ..Default::default()
+    };
+    let mut at = State::New;
+    let mut frozen_from = None;
+    for entry in &session.log {
+        let now = entry.at_us;
+        let Ok(after) = next(plan, &at, &entry.event) else { break }; // never: the log was accepted
+        take(&mut view, plan, &entry.event, now, &mut frozen_from);
+        if after.outcome() != at.outcome() {
+            let over = match after.outcome() {
+                Outcome::Completed => Some("completed"),
+                Outcome::RolledBack => Some("rolled-back"),
+                Outcome::Running | Outcome::Refused | Outcome::NeedsOperator => None,
+            };
+            view.steps.extend(over.map(|name| step(name, "controller", now, now, "done", "")));
+        }
+        at = after;
+    }
+    running(&mut view, session);
+    if view.reason.is_empty() {
+        match &session.state {
+            State::Resuming { stuck: Some(why) } => view.reason.clone_from(why),
+            State::SourceDead { .. } => {
+                view.reason = format!("migrator {} says that the original does not run any more", plan.from.server);
+            }
+            State::Refused => view.reason = "preflight found what would make the migration fail".into(),
+            _ => {}
+        }
+    }
+    let undo = matches!(
+        session.state,
+        State::Aborting { .. } | State::RolledBack { .. } | State::SourceDead { .. }
+    );
+    for (participant, why) in session.state.open().into_iter().flatten() {
+        let what = match participant {
+            _ if undo => "abort",
+            Participant::Source => "end",
+            Participant::Gateway(_) => "finish",
+            Participant::Destination => "resume",
+        };
+        let why = why.as_ref().map_or(String::new(), |w| format!(" ({w})"));
+        view.pending.push(format!("{}: {what}{why}", participant.name(plan)));
+    }
+    view
+}
+
+fn outcome(outcome: Outcome) -> v1::Outcome {
+    match outcome {
+        Outcome::Running => v1::Outcome::Running,
+        Outcome::Completed => v1::Outcome::Completed,
+        Outcome::RolledBack => v1::Outcome::RolledBack,
+        Outcome::Refused => v1::Outcome::Refused,
+        Outcome::NeedsOperator => v1::Outcome::NeedsOperator,
+    }
+}
+
+fn step(name: &str, actor: &str, from: u64, to: u64, state: &str, detail: &str) -> v1::SessionStep {
+    v1::SessionStep {
+        name: name.into(),
+        actor: actor.into(),
+        started_us: from,
+        took_us: to.saturating_sub(from),
+        state: state.into(),
+        detail: detail.into(),
+    }
+}
+
+fn plural(n: u32, what: &str) -> String {
+    if n == 1 { format!("1 {what}") } else { format!("{n} {what}s") }
+}
+
+/// Adds what one event tells.
+fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_from: &mut Option<u64>) {
+    let a = Participant::Source.name(plan);
+    let b = Participant::Destination.name(plan);
+    let gateway = |g: &str| format!("gateway {g}");
+    let mut done = |name: &str, actor: &str, sent: u64, detail: &str| {
+        view.steps.push(step(name, actor, sent, now, "done", detail));
+    };
+    match event {
+        Event::Requested { .. } => done("request", &plan.trigger, now, ""),
+        Event::Checked { findings, sent_us, .. } => {
+            let errors = plan.findings.iter().chain(findings).filter(|f| f.severity == Severity::Error).count();
+            let state = if errors > 0 { "failed" } else { "done" };
+            let detail = if errors > 0 {
+                plural(u32::try_from(errors).unwrap_or(u32::MAX), "error")
+            } else {
+                plural(u32::try_from(view.findings.len() + findings.len()).unwrap_or(u32::MAX), "warning")
+            };
+            view.steps.push(step("preflight", "controller", *sent_us, now, state, &detail));
+            view.findings.extend(findings.iter().map(finding));
+            if errors > 0 {
+                view.failed_step = "preflight".into();
+            }
+        }
+        Event::Staged { gateway: g, sent_us, .. } => done("stage", &gateway(g), *sent_us, ""),
+        Event::Prepared { sent_us } => done("prepare", &a, *sent_us, ""),
+        Event::Frozen { vote, sent_us } => {
+            done(
+                "freeze",
+                &a,
+                *sent_us,
+                &format!("{} KiB, {}", vote.image_bytes.div_ceil(1024), plural(vote.connections, "connection")),
+            );
+            *frozen_from = Some(*sent_us);
+            for s in &vote.steps {
+                let from = sent_us + s.started_us;
+                if s.name == "dump" {
+                    *frozen_from = Some(from);
+                }
+                let actor = if s.name == "restore" { &b } else { &a };
+                view.steps.push(step(&s.name, actor, from, from + s.took_us, "done", ""));
+            }
+            view.image_bytes = vote.image_bytes;
+            view.connections = vote.connections;
+            view.losses.clone_from(&vote.losses);
+        }
+        Event::Switched { gateway: g, window_ns, sent_us, .. } => {
+            done("switch", &gateway(g), *sent_us, &format!("window {} us", window_ns.div_ceil(1000)));
+            view.switch_window_ns = view.switch_window_ns.max(Some(*window_ns));
+        }
+        Event::Yielded { sent_us } => done("yield", &a, *sent_us, ""),
+        Event::Failed { step: failed, part, actor, reason, sent_us } => {
+            view.failed_step = part.clone().unwrap_or_else(|| failed.to_string());
+            view.reason.clone_from(reason);
+            let name = failed.to_string();
+            // the decision to COMMIT that was not written is no step that ran
+            if *failed != Step::Decision {
+                view.steps.push(step(&name, actor, *sent_us, now, "failed", reason));
+            }
+        }
+        Event::Decided { decision } => {
+            let detail = match decision {
+                Decision::Commit => "COMMIT",
+                Decision::Abort => "ABORT",
+            };
+            view.steps.push(step("decision", "controller", now, now, "done", detail));
+        }
+        Event::Resumed { sent_us, .. } => {
+            durable(view, *sent_us);
+            view.steps.push(step("resume", &b, *sent_us, now, "done", ""));
+            view.frozen_us = frozen_from.map_or(0, |from| now.saturating_sub(from));
+        }
+        Event::Ended { sent_us } => done("end", &a, *sent_us, ""),
+        Event::Finished { gateway: g, sent_us } => done("finish", &gateway(g), *sent_us, ""),
+        Event::Undone { participant, alive, sent_us } => {
+            durable(view, *sent_us);
+            let actor = participant.name(plan);
+            for s in view.steps.iter_mut().filter(|s| {
+                s.actor == actor && s.state == "done" && STEPS[2..12].contains(&s.name.as_str())
+            }) {
+                s.state = "undone".into();
+            }
+            let detail = if *alive && *participant == Participant::Source { "the original runs" } else { "" };
+            view.steps.push(step("abort", &actor, *sent_us, now, "done", detail));
+        }
+        Event::Unconfirmed { .. } => {}
+    }
+}
+
+/// The decision is journalled with the instant before it is written; it took until the first call that follows it left.
+fn durable(view: &mut v1::Session, sent_us: u64) {
+    if let Some(d) = view.steps.iter_mut().find(|s| s.name == "decision" && s.took_us == 0) {
+        d.took_us = sent_us.saturating_sub(d.started_us);
+    }
+}
+
+/// Adds the steps under way.
+fn running(view: &mut v1::Session, session: &Session) {
+    let plan = &*session.plan;
+    let since = session.log.last().map_or(0, |e| e.at_us);
+    for command in session.outstanding() {
+        let (name, actor, why) = match &command {
+            Command::Check => ("preflight", "controller".to_owned(), None),
+            Command::Stage(g) => ("stage", format!("gateway {g}"), None),
+            Command::Prepare => ("prepare", Participant::Source.name(plan), None),
+            Command::Freeze => ("freeze", Participant::Source.name(plan), None),
+            Command::Switch(g, ..) => ("switch", format!("gateway {g}"), None),
+            Command::Yield => ("yield", Participant::Source.name(plan), None),
+            Command::DecideCommit | Command::DecideAbort => ("decision", "controller".to_owned(), None),
+            Command::Resume | Command::End | Command::Finish(_) | Command::Undo(_) => {
+                let Some(participant) = command.confirmed_by() else { continue };
+                let why = match &session.state {
+                    State::Resuming { stuck } => stuck.clone(),
+                    state => state.open().and_then(|o| o.get(&participant)).cloned().flatten(),
+                };
+                let name = match command {
+                    Command::Resume => "resume",
+                    Command::End => "end",
+                    Command::Finish(_) => "finish",
+                    _ => "abort",
+                };
+                (name, participant.name(plan), why)
+            }
+        };
+        let mut running = step(name, &actor, since, since, "running", "");
+        running.detail = why.map_or(String::new(), |w| format!("retried: {w}"));
+        view.steps.push(running);
+    }
+}
+
+#[cfg(test)]
+mod tests;

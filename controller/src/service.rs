@@ -1,0 +1,203 @@
+//! The gRPC service `Controller`: who may ask, and what the controller's answers are on the wire.
+//!
+//! Operators may do everything; viewers may look. The local socket counts as an operator: its file mode guards it.
+
+use std::{pin::Pin, sync::Arc};
+
+use handover_api::{
+    tls::{Role, require_role},
+    v1,
+};
+use tokio::sync::mpsc;
+use tokio_stream::{Stream, wrappers::ReceiverStream};
+use tonic::{Request, Response, Status};
+
+use crate::{
+    controller::{ApplyError, Controller, MigrateError},
+    report,
+    session::{Outcome, State},
+    triggers,
+    world::{RequestError, World},
+};
+
+const ACT: &[Role] = &[Role::Operator];
+const LOOK: &[Role] = &[Role::Operator, Role::Viewer];
+
+/// The service over a [`Controller`].
+#[derive(Debug, Clone)]
+pub struct Service(Arc<Controller>);
+
+impl Service {
+    /// Serves `controller`.
+    pub fn new(controller: Arc<Controller>) -> Self {
+        Self(controller)
+    }
+
+    fn find(&self, id: &str) -> Result<v1::Session, Status> {
+        match self.0.session(id) {
+            Some(session) => Ok(report::session(&session)),
+            None => Err(Status::not_found(format!("there is no session `{id}`; {}", known_sessions(&self.0.snapshot())))),
+        }
+    }
+}
+
+fn known_sessions(world: &World) -> String {
+    let last: Vec<&str> = world.order.iter().rev().take(5).map(String::as_str).collect();
+    if last.is_empty() { "there has been none yet".into() } else { format!("the last ones: {}", last.join(", ")) }
+}
+
+fn refused(error: RequestError) -> Status {
+    let words = error.to_string();
+    match error {
+        RequestError::UnknownService { .. } | RequestError::UnknownSite { .. } | RequestError::UnknownUser { .. } => {
+            Status::not_found(words)
+        }
+        RequestError::NotAUser { .. } => Status::invalid_argument(words),
+        RequestError::NoServer { .. }
+        | RequestError::AlreadyThere { .. }
+        | RequestError::SameNetwork { .. }
+        | RequestError::Busy { .. }
+        | RequestError::Pending { .. }
+        | RequestError::UserBusy { .. } => Status::failed_precondition(words),
+    }
+}
+
+#[tonic::async_trait]
+impl v1::controller_server::Controller for Service {
+    async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
+        let peer = require_role(&request, ACT)?;
+        let request = request.into_inner();
+        tracing::info!(%peer, dry_run = request.dry_run, "apply");
+        match self.0.apply(&request.inventory, request.dry_run).await {
+            Ok((revision, changes, notes)) => {
+                let notes = notes.into_iter().map(|n| format!("! {n}"));
+                let changes = changes.iter().map(ToString::to_string).chain(notes).collect();
+                Ok(Response::new(v1::ApplyResponse { revision, changes }))
+            }
+            Err(e @ ApplyError::Inventory(_)) => Err(Status::invalid_argument(e.to_string())),
+            Err(e @ ApplyError::Against(_)) => Err(Status::failed_precondition(e.to_string())),
+            Err(e @ (ApplyError::Tls(_) | ApplyError::Fatal(_))) => Err(Status::internal(e.to_string())),
+        }
+    }
+
+    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+        require_role(&request, LOOK)?;
+        let world = self.0.snapshot();
+        let services = world.inventory.services.iter().filter_map(|(name, service)| {
+            let place = world.services.get(name)?;
+            Some(v1::ServiceStatus {
+                name: name.clone(),
+                address: service.address.to_string(),
+                site: place.site.clone(),
+                server: service.servers.get(&place.site).cloned().unwrap_or_default(),
+                pid: place.pid,
+                session: world.session_of(name).map(|s| s.plan.id.clone()).unwrap_or_default(),
+            })
+        });
+        let peers = self.0.peers().into_iter().map(|p| {
+            let seen = p.seen();
+            v1::PeerStatus {
+                role: p.kind.to_string(),
+                name: p.name.clone(),
+                endpoint: p.endpoint.clone(),
+                reachable: seen.reachable,
+                detail: seen.detail,
+            }
+        });
+        let users = world.inventory.users.iter().map(|(name, user)| v1::UserPlace {
+            name: name.clone(),
+            gateway: user.gateway.clone(),
+            network: world.users.get(name).cloned().unwrap_or_default(),
+        });
+        Ok(Response::new(v1::StatusResponse {
+            version: env!("CARGO_PKG_VERSION").into(),
+            revision: world.revision,
+            services: services.collect(),
+            peers: peers.collect(),
+            users: users.collect(),
+        }))
+    }
+
+    /// Answers once preflight has accepted or refused the session (or the session has failed otherwise).
+    async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
+        let peer = require_role(&request, ACT)?;
+        let message = request.into_inner();
+        let dry_run = message.dry_run;
+        tracing::info!(%peer, service = message.service, to = message.to_site, dry_run, "migrate");
+        let request = triggers::operator(message).map_err(Status::invalid_argument)?;
+        if dry_run {
+            let (plan, findings) = self.0.rehearse(&request).await.map_err(refused)?;
+            return Ok(Response::new(v1::MigrateResponse {
+                session: String::new(),
+                findings: findings.iter().map(report::finding).collect(),
+                plan: report::plan_lines(&plan),
+            }));
+        }
+        let mut changes = self.0.changes();
+        let session = self.0.migrate(&request).await.map_err(|e| match e {
+            MigrateError::Request(e) => refused(e),
+            e @ MigrateError::Stopping => Status::unavailable(e.to_string()),
+            e @ MigrateError::Fatal(_) => Status::internal(e.to_string()),
+        })?;
+        loop {
+            let now = self.0.session(&session);
+            if now.as_ref().is_none_or(|s| s.state != State::Preflight) {
+                let findings = now.map(|s| report::session(&s).findings).unwrap_or_default();
+                return Ok(Response::new(v1::MigrateResponse { session, findings, plan: Vec::new() }));
+            }
+            changes.changed().await.map_err(|_| Status::unavailable("the controller is stopping"))?;
+        }
+    }
+
+    async fn list_sessions(
+        &self,
+        request: Request<v1::ListSessionsRequest>,
+    ) -> Result<Response<v1::ListSessionsResponse>, Status> {
+        require_role(&request, LOOK)?;
+        let world = self.0.snapshot();
+        let sessions = world.order.iter().filter_map(|id| world.sessions.get(id)).map(report::session).collect();
+        Ok(Response::new(v1::ListSessionsResponse { sessions }))
+    }
+
+    async fn get_session(&self, request: Request<v1::GetSessionRequest>) -> Result<Response<v1::Session>, Status> {
+        require_role(&request, LOOK)?;
+        self.find(&request.into_inner().session).map(Response::new)
+    }
+
+    type WatchSessionStream = Pin<Box<dyn Stream<Item = Result<v1::Session, Status>> + Send>>;
+
+    async fn watch_session(
+        &self,
+        request: Request<v1::GetSessionRequest>,
+    ) -> Result<Response<Self::WatchSessionStream>, Status> {
+        require_role(&request, LOOK)?;
+        let id = request.into_inner().session;
+        let mut changes = self.0.changes();
+        let mut view = self.find(&id)?;
+        let (sender, stream) = mpsc::channel(16);
+        let service = self.clone();
+        tokio::spawn(async move {
+            loop {
+                let over = service.0.session(&id).is_none_or(|s| s.state.outcome() != Outcome::Running);
+                if sender.send(Ok(view.clone())).await.is_err() || over {
+                    return;
+                }
+                loop {
+                    tokio::select! {
+                        changed = changes.changed() => if changed.is_err() { return },
+                        () = sender.closed() => return,
+                    }
+                    match service.find(&id) {
+                        Ok(now) if now != view => {
+                            view = now;
+                            break;
+                        }
+                        Ok(_) => {}
+                        Err(_) => return,
+                    }
+                }
+            }
+        });
+        Ok(Response::new(Box::pin(ReceiverStream::new(stream))))
+    }
+}

@@ -1,0 +1,53 @@
+//! What may ask for a migration. A trigger decides nothing and touches nothing: it only produces a [`Request`], which the
+//! controller checks like any other. So far the only trigger is the operator.
+
+use handover_api::v1;
+
+use crate::session::Policy;
+
+/// A migration somebody or something asks for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Request {
+    /// The service.
+    pub service: String,
+    /// Where to.
+    pub to_site: String,
+    /// Which of its users; empty: all of them.
+    pub users: Vec<String>,
+    /// When the source yields.
+    pub policy: Policy,
+    /// Accept that connections of others break.
+    pub allow_other_peers: bool,
+    /// Who or what asked.
+    pub trigger: String,
+}
+
+/// The operator's request, as it came over the wire.
+///
+/// # Errors
+/// In words: a field that is missing or has a value nobody knows.
+pub fn operator(m: v1::MigrateRequest) -> Result<Request, String> {
+    if m.service.is_empty() {
+        return Err("the request names no service".into());
+    }
+    if m.to_site.is_empty() {
+        return Err("the request names no site to migrate to".into());
+    }
+    let policy = match v1::migrate_request::Policy::try_from(m.policy) {
+        Ok(v1::migrate_request::Policy::Unspecified | v1::migrate_request::Policy::LateYield) => Policy::Late,
+        Ok(v1::migrate_request::Policy::Disaster) => Policy::Disaster,
+        Err(_) => return Err(format!("policy {} is not known to this controller", m.policy)),
+    };
+    let trigger = match m.trigger.as_str() {
+        "" | "operator" => "operator".to_owned(),
+        other => return Err(format!("trigger `{other}` is not known to this controller; it takes requests of the operator")),
+    };
+    Ok(Request {
+        service: m.service,
+        to_site: m.to_site,
+        users: m.users,
+        policy,
+        allow_other_peers: m.allow_other_peers,
+        trigger,
+    })
+}

@@ -24,6 +24,7 @@ pub mod init;
 mod lab;
 mod proto;
 pub mod provider;
+pub mod topology;
 
 pub use host::{Daemon, Ended, Host, Lines, Output, Process, Program};
 pub use lab::{Lab, cgroup_root, program, program_dir};

@@ -2,7 +2,7 @@
 //!
 //! Each client holds one TCP connection to *v*, checks everything that comes back and says what it found as one JSON object
 //! a line on stdout ([`Report`]): one for every line it reads on stdin (the longest gap starts anew then), and a last one
-//! when stdin ends, a SIGTERM comes or its work is done.
+//! when stdin ends, a SIGTERM comes or its work is done. The line `more N` is answered once N more bytes have come.
 
 pub mod content;
 pub mod film;
@@ -10,7 +10,7 @@ pub mod resp;
 
 use std::{
     io::{self, BufRead as _, Write as _},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -49,7 +49,7 @@ impl Report {
 
 /// The running account of a client, shared with the thread that reports it.
 #[derive(Clone, Default)]
-pub struct Account(Arc<Mutex<State>>);
+pub struct Account(Arc<(Mutex<State>, Condvar)>);
 
 #[derive(Default)]
 struct State {
@@ -59,7 +59,7 @@ struct State {
 
 impl Account {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Something came in at `now`: the time since the arrival before counts as a gap.
@@ -74,11 +74,21 @@ impl Account {
     /// Changes the account.
     pub fn update(&self, change: impl FnOnce(&mut Report)) {
         change(&mut self.lock().report);
+        self.0.1.notify_all();
     }
 
     /// Keeps the first thing that went wrong.
     pub fn fail(&self, error: &anyhow::Error) {
         self.lock().report.error.get_or_insert_with(|| format!("{error:#}"));
+        self.0.1.notify_all();
+    }
+
+    /// Waits until `bytes` more bytes have come, or something went wrong.
+    fn more(&self, bytes: u64) {
+        let state = self.lock();
+        let enough = state.report.bytes.saturating_add(bytes);
+        let short = |s: &mut State| s.report.bytes < enough && s.report.error.is_none();
+        drop(self.0.1.wait_while(state, short).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The account up to `now`, and the longest gap starts anew. A silence under way counts as a gap.
@@ -128,7 +138,11 @@ pub fn watch_over(
     let asked = account.clone();
     std::thread::spawn(move || {
         for line in io::stdin().lock().lines() {
-            if line.is_err() || print(&asked.take(Instant::now())).is_err() {
+            let Ok(line) = line else { break };
+            if let Some(bytes) = line.strip_prefix("more ").and_then(|n| n.parse().ok()) {
+                asked.more(bytes);
+            }
+            if print(&asked.take(Instant::now())).is_err() {
                 break;
             }
         }

@@ -658,6 +658,14 @@ impl Lines {
         locked(&self.0.0).lines.join("\n")
     }
 
+    /// Waits until the pipe closes; all lines.
+    #[must_use]
+    pub fn finish(&self) -> String {
+        let text = locked(&self.0.0);
+        let text = self.0.1.wait_while(text, |t| !t.closed).unwrap_or_else(PoisonError::into_inner);
+        text.lines.join("\n")
+    }
+
     /// Waits for the first line from number `from` on that `wanted` accepts.
     ///
     /// # Errors

@@ -24,6 +24,8 @@ pub mod init;
 mod lab;
 mod proto;
 pub mod provider;
+pub mod run;
+pub mod scenario;
 pub mod topology;
 
 pub use host::{Daemon, Ended, Host, Lines, Output, Process, Program};

@@ -1,6 +1,9 @@
 //! `handover-lab`: plays a migration for a person, and is pid 1 of the lab's hosts.
 
+use std::process::ExitCode;
+
 use clap::{Parser, Subcommand};
+use handover_lab::{init, run};
 
 /// The lab of Handover.
 #[derive(Parser)]
@@ -12,6 +15,8 @@ struct Args {
 
 #[derive(Subcommand)]
 enum Verb {
+    /// Build the lab, move a live service and its user to another site, and show what happened.
+    Run(run::Options),
     /// Pid 1 of a host; started by the lab.
     #[command(hide = true)]
     Host {
@@ -20,8 +25,13 @@ enum Verb {
     },
 }
 
-fn main() -> anyhow::Result<()> {
-    match Args::parse().verb {
-        Verb::Host { name: _ } => handover_lab::init::run(),
-    }
+fn main() -> ExitCode {
+    let done = match Args::parse().verb {
+        Verb::Run(options) => run::run(options),
+        Verb::Host { name: _ } => init::run().map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|e| {
+        eprintln!("error: {e:#}");
+        ExitCode::FAILURE
+    })
 }

@@ -100,7 +100,7 @@ impl Site {
 }
 
 /// A service that can be moved, with the client that watches over it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum App {
     /// The lab's film server and a viewer.
     Film,

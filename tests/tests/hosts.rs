@@ -1,4 +1,5 @@
 //! The lab itself: hosts are apart from each other and from the machine, and nothing of them stays.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     fs,

@@ -1,4 +1,5 @@
 //! The provider: exactly one right tag gets a frame delivered, at that VLAN's port and nowhere else.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},

@@ -1,4 +1,5 @@
 //! The scenarios' network without daemons: the services serve through router and server, the clients check.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use std::{
     io::ErrorKind,

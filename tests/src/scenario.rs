@@ -1,0 +1,197 @@
+//! One migration, seen from all sides: what the operator's command said, what the user's client saw, what went over the
+//! trunk, and where the process really is.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, ensure};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    Ended, Io, Lines,
+    apps::Report,
+    capture::Capture,
+    topology::{App, Client, Service, Site, Topology},
+};
+
+/// A frame of the user is due within this.
+const FRAME: Duration = Duration::from_secs(10);
+/// A migration is over within this, whatever becomes of it.
+const OVER: Duration = Duration::from_secs(120);
+/// Payload that shows that a stream flows: some records, writes or a moment of a download.
+const FLOW: u64 = 20_000;
+
+/// A step of a session, by the controller's clock.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Step {
+    /// Its name.
+    pub name: String,
+    /// Who worked.
+    pub actor: String,
+    /// Microseconds since the request.
+    pub started_us: u64,
+    /// Microseconds.
+    pub took_us: u64,
+    /// "done", "failed", "undone".
+    pub state: String,
+}
+
+/// A session as `handover -o json` prints it, as far as the scenarios need it.
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+pub struct Session {
+    /// Its name.
+    pub id: String,
+    /// "completed", "rolled-back" ...
+    pub outcome: String,
+    /// Of a failure: the step.
+    pub failed_step: String,
+    /// Of a failure: why.
+    pub reason: String,
+    /// What was done.
+    pub steps: Vec<Step>,
+    /// How long the process stood still at most.
+    pub frozen_us: u64,
+    /// The gateway's measured window, if it switched.
+    pub switch_window_ns: Option<u64>,
+    /// What is still to be confirmed.
+    pub pending: Vec<String>,
+    /// Data and sockets that could not be taken along.
+    pub losses: Vec<String>,
+}
+
+/// A migration under way.
+pub struct Migration {
+    process: crate::Process,
+    stdout: Lines,
+    /// What the command says to the operator.
+    pub progress: Lines,
+}
+
+/// How the operator's command ended.
+#[derive(Debug)]
+pub struct Ending {
+    /// Exit code.
+    pub ended: Ended,
+    /// What it said to the operator.
+    pub said: String,
+    /// The session, if one was begun.
+    pub session: Option<Session>,
+}
+
+impl Migration {
+    /// Waits for the operator's command to end.
+    ///
+    /// # Errors
+    /// If it does not, or prints no JSON.
+    pub fn wait(self) -> anyhow::Result<Ending> {
+        let ended = self.process.wait_timeout(OVER)?;
+        let (stdout, said) = (self.stdout.finish(), self.progress.finish());
+        let session = if stdout.trim().is_empty() {
+            None
+        } else {
+            Some(serde_json::from_str(&stdout).with_context(|| format!("`handover` printed {stdout}"))?)
+        };
+        Ok(Ending { ended, said, session })
+    }
+}
+
+/// A site or a VLAN before and after.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Change<T> {
+    /// Before.
+    pub before: T,
+    /// After.
+    pub after: T,
+}
+
+/// A migration that is over.
+#[derive(Debug)]
+pub struct Moved {
+    /// What the operator's command said.
+    pub ending: Ending,
+    /// The 802.1Q tag of the user's frames to v on the trunk.
+    pub vlan: Change<Option<u16>>,
+    /// Where the process is.
+    pub process: Change<Vec<Site>>,
+    /// What the client saw; its longest gap is that of this migration.
+    pub client: Report,
+}
+
+impl Topology {
+    /// Starts `handover migrate --wait`.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_migration(&self, app: App, to: Site) -> anyhow::Result<Migration> {
+        let program = self
+            .handover_program()?
+            .args(["-o", "json", "migrate", app.name(), "--to", to.name(), "--wait"])
+            .stdio(Io::Null, Io::Pipe, Io::Pipe);
+        let mut process = self.control.spawn(&program)?;
+        let lines = |pipe: Option<std::fs::File>| pipe.map(Lines::collect).unwrap_or_default();
+        let (stdout, progress) = (lines(process.stdout.take()), lines(process.stderr.take()));
+        Ok(Migration { process, stdout, progress })
+    }
+
+    /// Migrates a service and looks at it from all sides; `progress` gets what the command says, line by line.
+    ///
+    /// # Errors
+    /// If something cannot be looked at. A migration that fails is no error here.
+    pub fn migrate(
+        &self,
+        service: &Service,
+        client: &mut Client,
+        capture: &Capture,
+        to: Site,
+        progress: impl Fn(&str),
+    ) -> anyhow::Result<Moved> {
+        let process_before = self.sites_of(service)?;
+        let vlan_before = capture.tag_after(capture.frames(), FRAME).context("before the migration")?;
+        client.report()?; // its longest gap starts anew
+        let migration = self.start_migration(service.app, to)?;
+        let mut shown = 0;
+        while let Ok(line) = migration.progress.wait_for(shown, OVER, |_| true) {
+            progress(&line);
+            shown += 1;
+        }
+        let ending = migration.wait()?;
+        let client = client.more(FLOW).context("after the migration")?;
+        let vlan_after = capture.tag_after(capture.frames(), FRAME).context("after the migration")?;
+        Ok(Moved {
+            ending,
+            vlan: Change { before: vlan_before, after: vlan_after },
+            process: Change { before: process_before, after: self.sites_of(service)? },
+            client,
+        })
+    }
+}
+
+impl Moved {
+    /// Demands that service, address, user and connections are at `to`, and nothing was lost.
+    ///
+    /// # Errors
+    /// Says what is not as it should be.
+    pub fn check(&self, to: Site) -> anyhow::Result<&Session> {
+        let Ending { ended, said, session } = &self.ending;
+        ensure!(ended.success(), "`handover migrate` ended with {ended}:\n{said}");
+        let session = session.as_ref().context("`handover migrate` printed no session")?;
+        ensure!(session.outcome == "completed", "the session is {}", session.outcome);
+        ensure!(session.losses.is_empty(), "not taken along: {}", session.losses.join("; "));
+        let from = to.other();
+        ensure!(
+            self.process == Change { before: vec![from], after: vec![to] },
+            "the process did not move from {} to {}: {:?}",
+            from.name(),
+            to.name(),
+            self.process
+        );
+        ensure!(
+            self.vlan == Change { before: Some(from.vid()), after: Some(to.vid()) },
+            "the user's tag did not change from {} to {}: {:?}",
+            from.vid(),
+            to.vid(),
+            self.vlan
+        );
+        ensure!(self.client.unharmed(), "the client was harmed: {:?}", self.client);
+        Ok(session)
+    }
+}

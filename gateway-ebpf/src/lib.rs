@@ -1,2 +1,68 @@
-//! To be written.
+//! What the gateway's XDP programs and its daemon share: map layouts, the rules that choose a user's network, and the
+//! names of everything that can become of a frame.
+//!
+//! ```text
+//!  source MAC + access interface --USER_INDEX--> slot --USER--> { word, identity }
+//!                                                                  |
+//!                        word: network a | network b | switch s | generation
+//!                                                        |
+//!                                     SWITCH[s]: selector, phase, generation      <- the one store of a commit
+//!                                                        |
+//!                                                a or b -+--NETWORK--> { router, link, address }
+//! ```
+//!
+//! Invariants:
+//! - Every field that changes while frames flow is one aligned 64-bit word: the daemon stores it atomically through its
+//!   mapping (`BPF_F_MMAPABLE`), a program loads it once. No reader can see half a change.
+//! - `SWITCH[0]` is zero for ever ("a, forward", generation 0), so a user who is in no switch needs no second look-up.
+//! - Index 0 of `NETWORK` is no network: a zeroed user word sends nowhere.
+//! - A slot, a switch and a network index are used again only after a grace period, in which every program run that may
+//!   have read the old words has ended. The generation is the second line of defence.
 #![no_std]
+
+pub mod frame;
+pub mod outcome;
+pub mod words;
+
+pub use outcome::Outcome;
+pub use words::{Link, Network, Router, Run, Selection, SwitchWord, User, UserKey, UserWord};
+
+/// Slots of `SWITCH`; index 0 is the constant one.
+pub const SWITCHES: u32 = 4096;
+/// Slots of `NETWORK`; index 0 is no network. Twice the VIDs there are, so that a replaced network can wait for its grace
+/// period.
+pub const NETWORKS: u32 = 8192;
+/// Slots of `NETWORK_BY_VID`: one for each VID, 0 for frames without one.
+pub const VIDS: u32 = 4096;
+/// Slots of `PORT` and `DEVICE`: the gateway's interfaces.
+pub const PORTS: u32 = 64;
+
+/// Names of the maps, as the daemon asks for them.
+pub mod maps {
+    /// `Array<User>`, mmapable.
+    pub const USER: &str = "USER";
+    /// `HashMap<UserKey, u32>`: who sent this frame.
+    pub const USER_INDEX: &str = "USER_INDEX";
+    /// `HashMap<u64, u32>`: whom a frame from the WAN is for, by destination MAC.
+    pub const USER_BY_MAC: &str = "USER_BY_MAC";
+    /// `HashMap<u32, u32>`: whom an ARP request from the WAN is about, by IPv4 address (as in the frame).
+    pub const USER_BY_IP: &str = "USER_BY_IP";
+    /// `Array<u64>` of [`crate::SwitchWord`], mmapable.
+    pub const SWITCH: &str = "SWITCH";
+    /// `Array<Network>`, mmapable.
+    pub const NETWORK: &str = "NETWORK";
+    /// `Array<u64>`, mmapable: VID -> index into `NETWORK`.
+    pub const NETWORK_BY_VID: &str = "NETWORK_BY_VID";
+    /// `Array<u64>`, mmapable: the largest frame (without tags) a port takes.
+    pub const PORT: &str = "PORT";
+    /// `DevMap`: port -> interface.
+    pub const DEVICE: &str = "DEVICE";
+    /// `PerCpuArray<u64>` by [`crate::Outcome`].
+    pub const COUNTERS: &str = "COUNTERS";
+    /// `Array<Run>`, mmapable: one cache line per CPU.
+    pub const RUN: &str = "RUN";
+    /// `Array<u64>`, mmapable: `cpu * SWITCHES + switch` -> when the last frame went out under the old network.
+    pub const LAST_OLD: &str = "LAST_OLD";
+    /// Read-only global: the MAC the users know the router by, as [`crate::frame::mac_word`] makes it.
+    pub const VIRTUAL_ROUTER_MAC: &str = "VIRTUAL_ROUTER_MAC";
+}

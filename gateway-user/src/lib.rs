@@ -1,1 +1,26 @@
-//! To be written.
+//! Connection control: the daemon between the users and the wide-area provider.
+//!
+//! ```text
+//!  controller --gRPC/mTLS--> service --> table (pure: who is where, what is staged)
+//!                               |           | Write ...
+//!                               |           v
+//!                               |        plane (XDP programs, maps, the one store) ---- access / wan interfaces
+//!                               +------> introduce (ARP as the users, learns the routers' MACs) --- wan
+//! ```
+//!
+//! - [`config`]: the configuration file. [`desired`]: what the controller pushes, validated.
+//! - [`table`]: the state machine of users, networks and switches; no I/O, no clock.
+//! - [`plane`]: loads and attaches the programs, carries out the table's writes, makes the store and measures its window.
+//!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
+//! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`service`]: the gRPC service that ties them together.
+
+pub mod config;
+pub mod desired;
+pub mod introduce;
+pub mod link;
+pub mod mac;
+pub mod mapping;
+pub mod plane;
+pub mod service;
+pub mod table;

@@ -1,0 +1,99 @@
+//! Everything that can become of a frame. Each frame is counted under exactly one of these.
+
+/// What the kernel is told to do with a frame.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Action {
+    /// XDP_DROP.
+    Drop,
+    /// XDP_PASS: to the gateway's own host.
+    Host,
+    /// XDP_TX: back out of the interface it came from.
+    Answer,
+    /// XDP_REDIRECT: out of another interface.
+    Forward,
+}
+
+macro_rules! outcomes {
+    ($($variant:ident $name:literal $action:ident: $doc:literal;)*) => {
+        /// What became of a frame; index into `COUNTERS`.
+        #[repr(u32)]
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Outcome {
+            $(#[doc = $doc] $variant,)*
+        }
+
+        impl Outcome {
+            /// All of them, by index.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+
+            /// The counter's name.
+            pub const fn name(self) -> &'static str {
+                match self { $(Self::$variant => $name,)* }
+            }
+
+            /// What is done with such a frame.
+            #[inline(always)]
+            pub const fn action(self) -> Action {
+                match self { $(Self::$variant => Action::$action,)* }
+            }
+
+            /// What the counter counts.
+            pub const fn describe(self) -> &'static str {
+                match self { $(Self::$variant => $doc,)* }
+            }
+        }
+    };
+}
+
+outcomes! {
+    AccessForwarded "access_forwarded" Forward: "From a user, sent into the user's network.";
+    AccessArpAnswered "access_arp_answered" Answer: "A user's ARP request for the router, answered with the virtual MAC.";
+    AccessLinkLocal "access_link_local" Host: "Link-local control frame on the access side, given to the host.";
+    AccessTruncated "access_truncated" Drop: "Ended inside a header.";
+    AccessUnknownUser "access_unknown_user" Drop: "The source MAC is no user's on this interface.";
+    AccessNoNetwork "access_no_network" Drop: "The user has no network yet.";
+    AccessRouterUnknown "access_router_unknown" Drop: "For the router, whose MAC in the user's network is not known.";
+    AccessServiceTag "access_service_tag" Drop: "Came with an 802.1ad (0x88a8) tag.";
+    AccessStackedTags "access_stacked_tags" Drop: "Came with more than one tag.";
+    AccessReservedVid "access_reserved_vid" Drop: "Came with the reserved VID 4095.";
+    AccessArpMalformed "access_arp_malformed" Drop: "ARP, but not for IPv4 over Ethernet.";
+    AccessTooLong "access_too_long" Drop: "Longer than the WAN interface takes.";
+    AccessNoPort "access_no_port" Drop: "The network's interface is not there.";
+    AccessNoHeadroom "access_no_headroom" Drop: "The driver left no room for a tag.";
+    AccessGeneration "access_generation" Drop: "The user's word and its switch did not agree, even when read again.";
+    WanForwarded "wan_forwarded" Forward: "From the user's network, sent to the user.";
+    WanArpForwarded "wan_arp_forwarded" Forward: "An ARP request for a user's address, sent to that user alone.";
+    WanRouterArp "wan_router_arp" Host: "ARP of a network's router about itself: given to the daemon, kept from the users.";
+    WanLinkLocal "wan_link_local" Host: "Link-local control frame on the WAN side, given to the host.";
+    WanTruncated "wan_truncated" Drop: "Ended inside a header.";
+    WanUnknownNetwork "wan_unknown_network" Drop: "Its tag (or having none) belongs to no network.";
+    WanUnknownUser "wan_unknown_user" Drop: "For no user of this gateway.";
+    WanStaleNetwork "wan_stale_network" Drop: "For a user, from a network the user is not on.";
+    WanGroup "wan_group" Drop: "Broadcast or multicast other than ARP.";
+    WanServiceTag "wan_service_tag" Drop: "Came with an 802.1ad (0x88a8) tag.";
+    WanStackedTags "wan_stacked_tags" Drop: "Came with more than one tag.";
+    WanArpMalformed "wan_arp_malformed" Drop: "ARP, but not for IPv4 over Ethernet.";
+    WanTooLong "wan_too_long" Drop: "Longer than the access interface takes.";
+    WanNoPort "wan_no_port" Drop: "The user's interface is not there.";
+    WanNoHeadroom "wan_no_headroom" Drop: "The kernel refused to take the tag off.";
+    WanGeneration "wan_generation" Drop: "The user's word and its switch did not agree, even when read again.";
+    Internal "internal" Drop: "A map was smaller than the program expects; never happens with the daemon of the same version.";
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    #[test]
+    fn every_outcome_has_its_own_index_and_name() {
+        for (index, outcome) in Outcome::ALL.iter().enumerate() {
+            assert_eq!(*outcome as usize, index);
+            assert!(!outcome.describe().is_empty());
+        }
+        let names: BTreeSet<_> = Outcome::ALL.iter().map(|o| o.name()).collect();
+        assert_eq!(names.len(), Outcome::ALL.len());
+    }
+}

@@ -1,0 +1,292 @@
+//! The 64-bit words of the maps, and the rule that makes a network of them.
+
+/// Bit where the generation starts, in a user's word and in a switch's: the words agree if all above it is equal.
+const GENERATION_SHIFT: u32 = 44;
+/// Largest switch index that fits a user's word.
+const SWITCH_MASK: u64 = 0xfff;
+
+/// Key of `USER_INDEX`: who sent a frame.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct UserKey {
+    /// Source MAC ([`crate::frame::mac_word`]).
+    pub mac: u64,
+    /// Access interface it came in on.
+    pub ifindex: u32,
+    /// The access side's own tag; 0 while the access side is untagged.
+    pub tag: u32,
+}
+
+/// Value of `USER`. Zero: no user.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct User {
+    /// [`UserWord`].
+    pub word: u64,
+    /// The user's MAC (lower 48 bits) and the port it is behind. Compared with the frame after the look-up: the kernel
+    /// reuses elements of hash maps at once, so an index may be another user's.
+    pub identity: u64,
+}
+
+impl User {
+    /// The identity of a user.
+    pub const fn identity(mac: u64, port: u16) -> u64 {
+        mac | (port as u64) << 48
+    }
+
+    /// The MAC in an identity.
+    #[inline(always)]
+    pub const fn mac_of(identity: u64) -> u64 {
+        identity & 0xffff_ffff_ffff
+    }
+
+    /// The port in an identity.
+    #[inline(always)]
+    pub const fn port_of(identity: u64) -> u32 {
+        (identity >> 48) as u32
+    }
+}
+
+/// A user's networks: `a` (bits 0..16), `b` (16..32), switch (32..44), generation (44..64).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserWord(pub u64);
+
+impl UserWord {
+    /// A user in no switch.
+    pub const fn resting(network: u16) -> Self {
+        Self::staged(network, network, 0, 0)
+    }
+
+    /// A user in switch `switch`: on `a` or on `b`, as `SWITCH[switch]` says. Of the generation the lower 20 bits count.
+    pub const fn staged(a: u16, b: u16, switch: u16, generation: u64) -> Self {
+        Self(
+            a as u64
+                | (b as u64) << 16
+                | (switch as u64 & SWITCH_MASK) << 32
+                | generation << GENERATION_SHIFT,
+        )
+    }
+
+    /// The network while the selector is [`Selector::A`].
+    #[inline(always)]
+    pub const fn a(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// The network while the selector is [`Selector::B`].
+    #[inline(always)]
+    pub const fn b(self) -> u16 {
+        (self.0 >> 16) as u16
+    }
+
+    /// Index into `SWITCH`; 0: in none.
+    #[inline(always)]
+    pub const fn switch(self) -> u32 {
+        (self.0 >> 32 & SWITCH_MASK) as u32
+    }
+
+    /// The user's networks under `switch`. `None` if the two words are of different generations.
+    #[inline(always)]
+    pub const fn select(self, switch: SwitchWord) -> Option<Selection> {
+        if (self.0 ^ switch.0) >> GENERATION_SHIFT != 0 {
+            return None;
+        }
+        Some(match switch.selector() {
+            Selector::A => Selection { network: self.a(), also: self.a() },
+            Selector::B => Selection { network: self.b(), also: self.a() },
+        })
+    }
+}
+
+/// Which of a user's two networks is the user's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Selector {
+    /// The old one.
+    A = 0,
+    /// The new one.
+    B = 1,
+}
+
+/// A switch: selector (bit 0), phase (bits 1..3: 0 forward; 1 and 2 are kept for hold and drain), generation (44..64).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SwitchWord(pub u64);
+
+impl SwitchWord {
+    /// `SWITCH[0]`, for ever.
+    pub const REST: Self = Self(0);
+
+    /// Frames flow to the selected network.
+    pub const fn forward(selector: Selector, generation: u64) -> Self {
+        Self(selector as u64 | generation << GENERATION_SHIFT)
+    }
+
+    /// Which network.
+    #[inline(always)]
+    pub const fn selector(self) -> Selector {
+        if self.0 & 1 == 0 { Selector::A } else { Selector::B }
+    }
+}
+
+/// What a user's word and its switch make together.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Selection {
+    /// Where the user's frames go.
+    pub network: u16,
+    /// A second network whose frames for the user are still good: the old one between switch and finish. The same as
+    /// `network` otherwise.
+    pub also: u16,
+}
+
+impl Selection {
+    /// Whether a frame from `network` may reach the user.
+    #[inline(always)]
+    pub const fn accepts(self, network: u16) -> bool {
+        network == self.network || network == self.also
+    }
+}
+
+/// Value of `NETWORK`. Zero: none.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Network {
+    /// [`Router`].
+    pub router: u64,
+    /// [`Link`].
+    pub link: u64,
+    /// The router's address r ([`crate::frame::ip_word`]).
+    pub address: u64,
+}
+
+/// The router's MAC in a network.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Router(pub u64);
+
+impl Router {
+    /// Not known: nothing can be sent to it.
+    pub const UNKNOWN: Self = Self(0);
+
+    /// Known.
+    pub const fn at(mac: u64) -> Self {
+        Self(mac | 1 << 63)
+    }
+
+    /// Its MAC, if known.
+    #[inline(always)]
+    pub const fn mac(self) -> Option<u64> {
+        if self.0 >> 63 == 1 { Some(self.0 & 0xffff_ffff_ffff) } else { None }
+    }
+}
+
+/// How to reach a network: VID (bits 0..16; 0: untagged), port (16..32), in use (63).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Link(pub u64);
+
+impl Link {
+    /// No such network.
+    pub const NONE: Self = Self(0);
+
+    /// Behind `port`, tagged with `vid` unless that is 0.
+    pub const fn new(vid: u16, port: u16) -> Self {
+        Self(vid as u64 | (port as u64) << 16 | 1 << 63)
+    }
+
+    /// Whether there is a network.
+    #[inline(always)]
+    pub const fn in_use(self) -> bool {
+        self.0 >> 63 == 1
+    }
+
+    /// Its VID; 0: untagged.
+    #[inline(always)]
+    pub const fn vid(self) -> u16 {
+        self.0 as u16
+    }
+
+    /// Its port.
+    #[inline(always)]
+    pub const fn port(self) -> u32 {
+        (self.0 >> 16) as u16 as u32
+    }
+}
+
+/// Value of `RUN`: one CPU's run epoch, alone on its cache line. Odd while a program run that met a user in a switch is
+/// under way on that CPU, so that the daemon can tell, without a system call, when no run is left that may have read the
+/// selector before a store. Untouched while the frame's user is in no switch.
+#[repr(C, align(64))]
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// Counts beginnings and ends.
+    pub epoch: u64,
+    _line: [u64; 7],
+}
+
+#[cfg(feature = "user")]
+mod pod {
+    use super::{Network, Run, User, UserKey};
+
+    // SAFETY: repr(C), integers only, no padding (sizes are checked below), so every bit pattern is a value.
+    unsafe impl aya::Pod for UserKey {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for User {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Network {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for Run {}
+
+    const _: () = assert!(size_of::<UserKey>() == 16);
+    const _: () = assert!(size_of::<User>() == 16);
+    const _: () = assert!(size_of::<Network>() == 24);
+    const _: () = assert!(size_of::<Run>() == 64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_user_word_keeps_its_parts_apart() {
+        let word = UserWord::staged(0xffff, 1, 0xfff, 0xfffff);
+        assert_eq!((word.a(), word.b(), word.switch()), (0xffff, 1, 0xfff));
+        let word = UserWord::staged(1, 0xffff, 1, 0);
+        assert_eq!((word.a(), word.b(), word.switch()), (1, 0xffff, 1));
+        assert_eq!(UserWord::resting(7), UserWord::staged(7, 7, 0, 0));
+    }
+
+    #[test]
+    fn the_switch_decides_for_all_its_users() {
+        let word = UserWord::staged(1, 2, 9, 5);
+        let old = word.select(SwitchWord::forward(Selector::A, 5)).unwrap();
+        assert_eq!(old.network, 1);
+        assert!(old.accepts(1) && !old.accepts(2), "nothing changes by staging");
+        let new = word.select(SwitchWord::forward(Selector::B, 5)).unwrap();
+        assert_eq!(new.network, 2);
+        assert!(new.accepts(1) && new.accepts(2) && !new.accepts(3), "both until finished");
+    }
+
+    #[test]
+    fn another_generation_selects_nothing() {
+        let word = UserWord::staged(1, 2, 9, 5);
+        assert_eq!(word.select(SwitchWord::forward(Selector::B, 6)), None);
+        assert_eq!(word.select(SwitchWord::REST), None);
+        // the 20 bits that count
+        assert!(word.select(SwitchWord::forward(Selector::A, 5 + (1 << 20))).is_some());
+    }
+
+    #[test]
+    fn a_user_in_no_switch_is_on_a() {
+        let word = UserWord::resting(3);
+        assert_eq!(word.select(SwitchWord::REST), Some(Selection { network: 3, also: 3 }));
+        assert_eq!(UserWord(0).select(SwitchWord::REST).unwrap().network, 0, "no user: no network");
+    }
+
+    #[test]
+    fn networks_and_identities_keep_their_parts_apart() {
+        let link = Link::new(4094, 63);
+        assert_eq!((link.vid(), link.port(), link.in_use()), (4094, 63, true));
+        assert!(Link::new(0, 0).in_use() && !Link::NONE.in_use());
+        assert_eq!(Router::at(0xffff_ffff_ffff).mac(), Some(0xffff_ffff_ffff));
+        assert_eq!(Router::UNKNOWN.mac(), None);
+        let identity = User::identity(0x0102_0304_0506, 9);
+        assert_eq!((User::mac_of(identity), User::port_of(identity)), (0x0102_0304_0506, 9));
+    }
+}

@@ -1,0 +1,161 @@
+//! The configuration file of `handover-gateway`.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use handover_api::tls::TlsFiles;
+use serde::Deserialize;
+
+use crate::mac::Mac;
+
+/// The file, read and checked.
+#[derive(Debug, Clone, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// Name of this gateway, as in its certificate and the inventory.
+    pub name: String,
+    /// Where the controller reaches it, on the control network.
+    pub listen: SocketAddr,
+    /// Interface to the users.
+    pub access: String,
+    /// Interface to the wide-area provider.
+    pub wan: String,
+    /// The MAC the users know the router by, on every network.
+    pub virtual_router_mac: Mac,
+    /// How many users there may be.
+    #[serde(default = "default_max_users")]
+    pub max_users: u32,
+    /// Certificate files.
+    pub tls: TlsFiles,
+}
+
+const fn default_max_users() -> u32 {
+    65_536
+}
+
+/// Most users one gateway can be configured for.
+pub const MAX_USERS: u32 = 1 << 20;
+
+/// Errors of the configuration file.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// It could not be read.
+    #[error("configuration {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not what it should be.
+    #[error("configuration {}", path.display())]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: toml::de::Error,
+    },
+    /// A value that cannot be.
+    #[error("configuration {}: {key} = {value}: {why}", path.display())]
+    Value {
+        /// Which file.
+        path: PathBuf,
+        /// Which key.
+        key: &'static str,
+        /// What it says.
+        value: String,
+        /// What is wrong, and what to write.
+        why: &'static str,
+    },
+}
+
+impl Config {
+    /// Reads and checks `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`], naming file, key and value.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(&text, path)
+    }
+
+    fn parse(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        let config: Self =
+            toml::from_str(text).map_err(|source| ConfigError::Syntax { path: path.into(), source })?;
+        let refuse = |key, value: &dyn std::fmt::Display, why| {
+            Err(ConfigError::Value { path: path.into(), key, value: value.to_string(), why })
+        };
+        if config.name.is_empty() {
+            return refuse("name", &"\"\"", "give the name in this gateway's certificate");
+        }
+        for (key, interface) in [("access", &config.access), ("wan", &config.wan)] {
+            if interface.is_empty() || interface.len() >= libc::IFNAMSIZ {
+                return refuse(key, interface, "an interface's name has 1 to 15 characters");
+            }
+        }
+        if config.access == config.wan {
+            return refuse(
+                "wan",
+                &config.wan,
+                "the same as access: users and provider need an interface each",
+            );
+        }
+        if !(1..=MAX_USERS).contains(&config.max_users) {
+            return refuse("max_users", &config.max_users, "use 1 to 1048576");
+        }
+        Ok(config)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        name = "gw"
+        listen = "10.255.0.2:7443"
+        access = "access0"
+        wan = "wan0"
+        virtual_router_mac = "02:48:4f:00:00:01"
+        [tls]
+        ca = "ca.pem"
+        cert = "gateway-gw.pem"
+        key = "gateway-gw.key"
+    "#;
+
+    fn error(text: &str) -> String {
+        let error = Config::parse(text, Path::new("gw.toml")).unwrap_err();
+        let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        format!("{error}: {source}")
+    }
+
+    #[test]
+    fn a_good_file_is_read() {
+        let config = Config::parse(GOOD, Path::new("gw.toml")).unwrap();
+        assert_eq!((config.wan.as_str(), config.max_users), ("wan0", 65_536));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (from, to, named) in [
+            ("name =", "nmae =", "nmae"),
+            ("02:48:4f:00:00:01", "03:48:4f:00:00:01", "group address"),
+            ("02:48:4f:00:00:01", "x", "no MAC address"),
+            ("\"wan0\"", "\"access0\"", "wan = access0"),
+            ("\"wan0\"", "\"wan0wan0wan0wan0\"", "1 to 15"),
+            ("10.255.0.2:7443", "10.255.0.2", "listen"),
+            ("[tls]", "max_users = 0\n[tls]", "max_users = 0"),
+            ("key =", "keys =", "keys"),
+        ] {
+            let text = GOOD.replacen(from, to, 1);
+            assert!(error(&text).contains(named), "{to}: {}", error(&text));
+        }
+        assert!(error("").contains("gw.toml"));
+    }
+}

@@ -1,0 +1,238 @@
+//! What the gateway asks of a network interface: index, state, size of frames, and that it shows tags where the program
+//! looks for them.
+//!
+//! A NIC with `rx-vlan-offload` takes the 802.1Q tag out of the frame before the program runs: every frame would look
+//! untagged. The offload is switched off at attach, and restored when the daemon ends.
+
+use std::{ffi::CString, io, mem, os::fd::AsRawFd as _, os::fd::OwnedFd};
+
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
+
+use crate::mac::Mac;
+
+/// linux/ethtool.h
+const ETHTOOL_GFLAGS: u32 = 0x25;
+/// linux/ethtool.h
+const ETHTOOL_SFLAGS: u32 = 0x26;
+/// linux/ethtool.h: the offload that hides tags.
+const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+
+/// Errors of an interface, by name.
+#[derive(Debug, thiserror::Error)]
+pub enum LinkError {
+    /// It does not exist in this network namespace.
+    #[error("there is no network interface `{0}` here: `ip link` shows those there are")]
+    Missing(String),
+    /// It could not be asked or told.
+    #[error("interface {name}: {what}")]
+    Ioctl {
+        /// Which.
+        name: String,
+        /// What was tried.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Not Ethernet.
+    #[error("interface {0} is not Ethernet")]
+    NotEthernet(String),
+    /// The driver keeps taking tags out of frames.
+    #[error(
+        "interface {0} hides VLAN tags from the program (rx-vlan-offload) and its driver does not let it be switched off; \
+         try `ethtool -K {0} rxvlan off` or another driver"
+    )]
+    HidesTags(String),
+}
+
+/// A network interface.
+#[derive(Debug)]
+pub struct Link {
+    /// Its name.
+    pub name: String,
+    /// Its index.
+    pub index: u32,
+    control: OwnedFd,
+    restore_rxvlan: bool,
+}
+
+impl Link {
+    /// The interface called `name`.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn open(name: &str) -> Result<Self, LinkError> {
+        let ioctl = |source| LinkError::Ioctl { name: name.into(), what: "opening a control socket", source };
+        if name.is_empty() || name.len() >= libc::IFNAMSIZ || CString::new(name).is_err() {
+            return Err(LinkError::Missing(name.into()));
+        }
+        let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|e| ioctl(e.into()))?;
+        let mut link = Self { name: name.into(), index: 0, control, restore_rxvlan: false };
+        let request = link.ioctl(libc::SIOCGIFINDEX, "reading its index", link.request())?;
+        // SAFETY: SIOCGIFINDEX fills this member.
+        link.index = unsafe { request.ifr_ifru.ifru_ifindex } as u32;
+        let request = link.ioctl(libc::SIOCGIFHWADDR, "reading its address", link.request())?;
+        // SAFETY: SIOCGIFHWADDR fills this member.
+        if unsafe { request.ifr_ifru.ifru_hwaddr.sa_family } != libc::ARPHRD_ETHER {
+            return Err(LinkError::NotEthernet(name.into()));
+        }
+        Ok(link)
+    }
+
+    /// Its MAC.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn mac(&self) -> Result<Mac, LinkError> {
+        let request = self.ioctl(libc::SIOCGIFHWADDR, "reading its address", self.request())?;
+        // SAFETY: SIOCGIFHWADDR fills this member.
+        let data = unsafe { request.ifr_ifru.ifru_hwaddr.sa_data };
+        Ok(Mac([0, 1, 2, 3, 4, 5].map(|i| data[i] as u8)))
+    }
+
+    /// Whether it is up and has a carrier.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn is_running(&self) -> Result<bool, LinkError> {
+        let request = self.ioctl(libc::SIOCGIFFLAGS, "reading its state", self.request())?;
+        // SAFETY: SIOCGIFFLAGS fills this member.
+        let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
+        let wanted = libc::IFF_UP | libc::IFF_RUNNING;
+        Ok(flags & wanted == wanted)
+    }
+
+    /// The longest frame it takes, in octets, tags and checksum not counted.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn largest_frame(&self) -> Result<u64, LinkError> {
+        let request = self.ioctl(libc::SIOCGIFMTU, "reading its MTU", self.request())?;
+        // SAFETY: SIOCGIFMTU fills this member.
+        let mtu = unsafe { request.ifr_ifru.ifru_mtu };
+        Ok(u64::try_from(mtu).unwrap_or(0) + gateway_ebpf::frame::ETH_LEN as u64)
+    }
+
+    /// Makes tags visible to the program. Returns whether an offload had to be switched off.
+    ///
+    /// # Errors
+    /// [`LinkError::HidesTags`] if the driver does not let it.
+    pub fn show_tags(&mut self) -> Result<bool, LinkError> {
+        let flags = match self.ethtool(ETHTOOL_GFLAGS, 0) {
+            // a driver without offload flags hides nothing
+            Err(LinkError::Ioctl { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
+                return Ok(false);
+            }
+            other => other?,
+        };
+        if flags & ETH_FLAG_RXVLAN == 0 {
+            return Ok(false);
+        }
+        // what counts is what it does afterwards
+        let told = self.ethtool(ETHTOOL_SFLAGS, flags & !ETH_FLAG_RXVLAN);
+        if self.ethtool(ETHTOOL_GFLAGS, 0)? & ETH_FLAG_RXVLAN != 0 {
+            return Err(match told {
+                Err(e) => e,
+                Ok(_) => LinkError::HidesTags(self.name.clone()),
+            });
+        }
+        self.restore_rxvlan = true;
+        Ok(true)
+    }
+
+    fn ethtool(&self, command: u32, data: u32) -> Result<u32, LinkError> {
+        /// linux/ethtool.h: struct ethtool_value
+        #[repr(C)]
+        struct Value {
+            command: u32,
+            data: u32,
+        }
+        let mut value = Value { command, data };
+        let mut request = self.request();
+        request.ifr_ifru.ifru_data = (&raw mut value).cast();
+        self.ioctl(libc::SIOCETHTOOL, "reading or setting its VLAN offload (rxvlan)", request)?;
+        Ok(value.data)
+    }
+
+    fn request(&self) -> libc::ifreq {
+        // SAFETY: integers and pointers only; all zero is a value.
+        let mut request: libc::ifreq = unsafe { mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(self.name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        request
+    }
+
+    fn ioctl(
+        &self,
+        number: libc::Ioctl,
+        what: &'static str,
+        mut request: libc::ifreq,
+    ) -> Result<libc::ifreq, LinkError> {
+        // SAFETY: these requests take a `struct ifreq`; where it points to data, the caller keeps that alive.
+        if unsafe { libc::ioctl(self.control.as_raw_fd(), number, &raw mut request) } == 0 {
+            return Ok(request);
+        }
+        let source = io::Error::last_os_error();
+        Err(match source.raw_os_error() {
+            Some(libc::ENODEV) => LinkError::Missing(self.name.clone()),
+            _ => LinkError::Ioctl { name: self.name.clone(), what, source },
+        })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        if self.restore_rxvlan
+            && let Ok(flags) = self.ethtool(ETHTOOL_GFLAGS, 0)
+            && let Err(error) = self.ethtool(ETHTOOL_SFLAGS, flags | ETH_FLAG_RXVLAN)
+        {
+            tracing::warn!(interface = self.name, %error, "rx-vlan-offload could not be restored");
+        }
+    }
+}
+
+/// An interface takes frames for any address while this lives: a NIC would drop frames for the virtual router (access) and
+/// for the users (WAN). The kernel ends it with the socket, however the daemon ends.
+#[derive(Debug)]
+pub struct Promiscuous {
+    _socket: OwnedFd,
+}
+
+impl Promiscuous {
+    /// Switches it on for `link`.
+    ///
+    /// # Errors
+    /// [`LinkError::Ioctl`]; EPERM without CAP_NET_RAW.
+    pub fn on(link: &Link) -> Result<Self, LinkError> {
+        let failed = |source| LinkError::Ioctl {
+            name: link.name.clone(),
+            what: "taking frames for any address (promiscuous; needs CAP_NET_RAW)",
+            source,
+        };
+        // protocol 0: the socket is given no frames
+        let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, None)
+            .map_err(|e| failed(e.into()))?;
+        let request = libc::packet_mreq {
+            mr_ifindex: link.index as libc::c_int,
+            mr_type: libc::PACKET_MR_PROMISC as libc::c_ushort,
+            mr_alen: 0,
+            mr_address: [0; 8],
+        };
+        // SAFETY: the option takes a packet_mreq, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                libc::PACKET_ADD_MEMBERSHIP,
+                (&raw const request).cast(),
+                size_of_val(&request) as libc::socklen_t,
+            )
+        };
+        if result != 0 {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        Ok(Self { _socket: socket })
+    }
+}

@@ -1,0 +1,629 @@
+//! The gRPC service: what the controller may ask of the gateway.
+//!
+//! Every call checks the caller's role, asks the [`Table`], and carries its writes out on the [`Plane`], both behind one
+//! lock that is held for microseconds and never across an await. So a switch is one lock, one comparison, one store.
+//!
+//! Whatever has to wait does so outside the lock: introductions for the routers' answers, grace periods for program runs.
+//! A grace period is waited for by a task of its own, so that indices are given back even if the caller has gone.
+
+use std::{
+    fs, io,
+    net::Ipv4Addr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use handover_api::{
+    tls::{Role, require_role},
+    v1::{self, finding::Severity, gateway_server},
+};
+use tokio::task::JoinSet;
+use tonic::{Code, Request, Response, Status};
+use tracing::{debug, info, warn};
+
+use crate::{
+    config::Config,
+    desired::{self, Desired, Invalid},
+    introduce::{Heard, Introduced, Introducer, PATIENCE},
+    link::{Link, LinkError, Promiscuous},
+    mac::Mac,
+    plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
+    table::{Asked, Refusal, Retired, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table},
+};
+
+/// How often routers that have not answered are asked again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
+
+/// Why the gateway could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// An interface.
+    #[error(transparent)]
+    Link(#[from] LinkError),
+    /// The programs.
+    #[error(transparent)]
+    Plane(#[from] PlaneError),
+    /// The packet socket.
+    #[error("packet socket on interface `{wan}` (needs CAP_NET_RAW)")]
+    Socket {
+        /// Which.
+        wan: String,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// No identity for this start.
+    #[error("reading /proc/sys/kernel/random/uuid")]
+    BootId(#[source] io::Error),
+}
+
+/// The gateway; clones are the same one.
+#[derive(Clone)]
+pub struct Gateway(Arc<Inner>);
+
+struct Inner {
+    name: String,
+    boot_id: String,
+    virtual_router_mac: Mac,
+    access: Link,
+    wan: Link,
+    wan_mac: Mac,
+    _promiscuous: [Promiscuous; 2],
+    introducer: Introducer,
+    core: Mutex<Core>,
+    /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
+    configuring: tokio::sync::Mutex<()>,
+}
+
+struct Core {
+    table: Table,
+    plane: Plane,
+}
+
+impl Gateway {
+    /// Loads the programs, attaches them, and starts to listen for the routers. Has to be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// [`StartError`]; what was attached is detached again.
+    pub fn start(config: &Config) -> Result<Self, StartError> {
+        let mut access = Link::open(&config.access)?;
+        let mut wan = Link::open(&config.wan)?;
+        for link in [&mut access, &mut wan] {
+            if link.show_tags()? {
+                info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
+            }
+            if !link.is_running()? {
+                warn!(interface = link.name, "the interface is down or has no carrier");
+            }
+        }
+        let wan_mac = wan.mac()?;
+        let mut plane = Plane::load(&Options {
+            max_users: config.max_users,
+            virtual_router_mac: config.virtual_router_mac,
+        })?;
+        plane.set_port(Side::Access, access.index, access.largest_frame()?)?;
+        plane.set_port(Side::Wan, wan.index, wan.largest_frame()?)?;
+        let introducer =
+            Introducer::open(&wan).map_err(|source| StartError::Socket { wan: wan.name.clone(), source })?;
+        let promiscuous = [Promiscuous::on(&access)?, Promiscuous::on(&wan)?];
+        // no user is known yet, so nothing passes
+        plane.attach(Side::Wan, &wan.name, wan.index)?;
+        plane.attach(Side::Access, &access.name, access.index)?;
+        info!(access = access.name, wan = wan.name, "attached in native mode");
+
+        let boot_id = fs::read_to_string("/proc/sys/kernel/random/uuid").map_err(StartError::BootId)?;
+        let gateway = Self(Arc::new(Inner {
+            name: config.name.clone(),
+            boot_id: boot_id.trim().into(),
+            virtual_router_mac: config.virtual_router_mac,
+            access,
+            wan,
+            wan_mac,
+            _promiscuous: promiscuous,
+            introducer,
+            core: Mutex::new(Core { table: Table::new(config.max_users), plane }),
+            configuring: tokio::sync::Mutex::default(),
+        }));
+        gateway.clone().spawn_listener();
+        gateway.clone().spawn_asker();
+        Ok(gateway)
+    }
+
+    /// The service, for a server.
+    pub fn service(&self) -> gateway_server::GatewayServer<Self> {
+        // a full configuration of MAX_USERS users is some 100 MB
+        gateway_server::GatewayServer::new(self.clone()).max_decoding_message_size(256 << 20)
+    }
+
+    fn core(&self) -> MutexGuard<'_, Core> {
+        self.0.core.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Learns the routers' MACs from what they say.
+    fn spawn_listener(self) {
+        tokio::spawn(async move {
+            let ended = self.0.introducer.listen(|heard| self.learn(heard)).await;
+            if let Err(error) = ended {
+                tracing::error!(wan = self.0.wan.name, %error, "the routers cannot be heard any more");
+            }
+        });
+    }
+
+    fn learn(&self, heard: Heard) {
+        if heard.router == self.0.virtual_router_mac {
+            warn!(
+                ?heard,
+                "a router has the virtual router's MAC: give the gateway another virtual_router_mac"
+            );
+            return;
+        }
+        let mut core = self.core();
+        let Some((index, write)) = core.table.heard(heard.vid, heard.address, heard.router) else {
+            debug!(?heard, "ARP of no network's router");
+            return;
+        };
+        if let Some(write) = write {
+            info!(vid = heard.vid, address = %heard.address, mac = %heard.router, "router learned");
+            if let Err(error) = core.plane.apply(&[write]) {
+                tracing::error!(index, %error, "the router's MAC could not be written");
+            }
+        }
+    }
+
+    /// Asks again for routers that have not answered.
+    fn spawn_asker(self) {
+        tokio::spawn(async move {
+            let mut again = tokio::time::interval(ASK_AGAIN);
+            loop {
+                again.tick().await;
+                self.ask_unknown_routers().await;
+            }
+        });
+    }
+
+    /// Asks for every router that is not known, all at once; returns when each has answered or been silent too long.
+    async fn ask_unknown_routers(&self) -> Vec<Asked> {
+        let unknown = self.core().table.unknown_routers();
+        let mut asking = JoinSet::new();
+        for (network, user) in unknown {
+            let gateway = self.clone();
+            asking.spawn(async move {
+                let answer = gateway.introduce(&network, &[user]).await;
+                (network, answer)
+            });
+        }
+        let mut silent = Vec::new();
+        while let Some(done) = asking.join_next().await {
+            match done {
+                Ok((_, Ok(Introduced { router: Some(_), .. }))) => {}
+                Ok((network, Ok(_))) => silent.push(network),
+                Ok((network, Err(error))) => {
+                    debug!(network = &*network.name, %error, "asking for the router");
+                    silent.push(network);
+                }
+                Err(error) => warn!(%error, "asking for routers"),
+            }
+        }
+        silent
+    }
+
+    async fn introduce(&self, network: &Asked, users: &[(Mac, Ipv4Addr)]) -> io::Result<Introduced> {
+        self.0.introducer.introduce(network.spec.vid.unwrap_or(0), network.spec.address, users).await
+    }
+
+    /// Gives indices back once no program run can name them.
+    async fn retire(&self, retired: Retired) -> Result<(), Status> {
+        if retired.is_empty() {
+            return Ok(());
+        }
+        let gateway = self.clone();
+        let waiting = tokio::task::spawn_blocking(move || {
+            grace_period()?;
+            gateway.core().table.reuse(retired);
+            Ok::<_, PlaneError>(())
+        });
+        ended(waiting.await)
+    }
+
+    fn finding(&self, severity: Severity, code: &str, message: String, remedy: String) -> v1::Finding {
+        v1::Finding {
+            severity: severity.into(),
+            code: code.into(),
+            reporter: format!("gateway {}", self.0.name),
+            message,
+            remedy,
+        }
+    }
+
+    /// What speaks against the interfaces.
+    fn check_links(&self) -> Vec<v1::Finding> {
+        let mut findings = Vec::new();
+        for link in [&self.0.access, &self.0.wan] {
+            let trouble = match link.is_running() {
+                Ok(true) => continue,
+                Ok(false) => format!("interface {} is down or has no carrier", link.name),
+                Err(error) => chain(&error),
+            };
+            let remedy = format!("`ip link set {} up`, and see that the other end is up", link.name);
+            findings.push(self.finding(Severity::Error, "interface-down", trouble, remedy));
+        }
+        findings
+    }
+
+    /// Asks for the router of `network` as the gateway itself, which introduces nobody.
+    async fn check_router(&self, network: &Asked) -> Option<v1::Finding> {
+        let nobody = [(self.0.wan_mac, Ipv4Addr::UNSPECIFIED)];
+        let trouble = match self.introduce(network, &nobody).await {
+            Ok(Introduced { router: Some(_), .. }) => return None,
+            Ok(_) => silent(network),
+            Err(error) => format!("asking for the router on interface {}: {error}", self.0.wan.name),
+        };
+        let known = network.spec.router_mac.is_some();
+        let severity = if known { Severity::Warning } else { Severity::Error };
+        let remedy = if known {
+            "its MAC is configured, so the users can be switched; but see that it is alive".into()
+        } else {
+            format!(
+                "see that the router is up and that the provider carries VLAN {} to interface {}; or give `router_mac`",
+                vid_text(network),
+                self.0.wan.name
+            )
+        };
+        Some(self.finding(severity, "router-silent", trouble, remedy))
+    }
+
+    /// After an introduction: is there a router to send to?
+    fn router_or_refuse(&self, network: &Asked, answer: io::Result<Introduced>) -> Result<Mac, Status> {
+        let name = &network.name;
+        let introduced = answer.map_err(|error| {
+            Status::failed_precondition(format!(
+                "introducing the users in network `{name}` on interface {}: {error}",
+                self.0.wan.name
+            ))
+        })?;
+        if introduced.unanswered > 0 {
+            warn!(
+                network = &**name,
+                users = introduced.unanswered,
+                "the router did not answer for all users"
+            );
+        }
+        match (network.spec.router_mac, introduced.router) {
+            (Some(configured), heard) => {
+                if let Some(heard) = heard.filter(|heard| *heard != configured) {
+                    warn!(network = &**name, %configured, %heard, "the router answers with another MAC than configured");
+                }
+                Ok(configured)
+            }
+            (None, Some(learned)) => Ok(learned),
+            (None, None) => Err(Status::failed_precondition(format!(
+                "{}: see that the router is up, that the provider carries VLAN {} to interface {} of gateway {}, and that its \
+                 tags are visible there; or configure `router_mac` of the network",
+                silent(network),
+                vid_text(network),
+                self.0.wan.name,
+                self.0.name,
+            ))),
+        }
+    }
+}
+
+fn vid_text(network: &Asked) -> String {
+    network.spec.vid.map_or_else(|| "none (untagged)".into(), |vid| vid.to_string())
+}
+
+fn silent(network: &Asked) -> String {
+    format!(
+        "router {} of network `{}` (VID {}) did not answer ARP within {} ms",
+        network.spec.address,
+        network.name,
+        vid_text(network),
+        PATIENCE.as_millis()
+    )
+}
+
+/// An error with its causes, as one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text = format!("{text}: {cause}");
+        source = cause.source();
+    }
+    text
+}
+
+fn internal(error: &PlaneError) -> Status {
+    let text = chain(error);
+    tracing::error!(error = text, "data plane");
+    Status::internal(text)
+}
+
+fn ended(task: Result<Result<(), PlaneError>, tokio::task::JoinError>) -> Result<(), Status> {
+    match task {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(error)) => Err(internal(&error)),
+        Err(error) => Err(Status::internal(error.to_string())),
+    }
+}
+
+impl From<Refusal> for Status {
+    fn from(refusal: Refusal) -> Self {
+        let code = match refusal {
+            Refusal::NoUsers(_) | Refusal::UserTwice(_) | Refusal::SameNetwork(_) => Code::InvalidArgument,
+            Refusal::UnknownUser(_) | Refusal::UnknownNetwork(_) => Code::NotFound,
+            Refusal::Users { .. } | Refusal::Room(_) => Code::ResourceExhausted,
+            _ => Code::FailedPrecondition,
+        };
+        Self::new(code, refusal.to_string())
+    }
+}
+
+impl From<Invalid> for Status {
+    fn from(invalid: Invalid) -> Self {
+        Self::invalid_argument(invalid.to_string())
+    }
+}
+
+impl Refusal {
+    /// Stable identifier of a finding.
+    const fn code(&self) -> &'static str {
+        match self {
+            Self::NoUsers(_) => "no-users",
+            Self::UserTwice(_) => "user-twice",
+            Self::UnknownUser(_) => "unknown-user",
+            Self::UnknownNetwork(_) => "unknown-network",
+            Self::SameNetwork(_) => "same-network",
+            Self::Elsewhere { .. } => "user-elsewhere",
+            Self::StagedByOther { .. } => "user-staged",
+            Self::OtherRouter { .. } => "other-router",
+            Self::Aborted(_) | Self::Finished(_) => "migration-ended",
+            _ => "switch-refused",
+        }
+    }
+
+    /// What to do about a finding.
+    fn remedy(&self) -> String {
+        match self {
+            Self::UnknownUser(_) | Self::UnknownNetwork(_) => {
+                "declare it in the inventory and `handover apply` that".into()
+            }
+            Self::Elsewhere { on, .. } => {
+                format!("migrate from the site whose network is `{on}`, or leave the user out")
+            }
+            Self::StagedByOther { by, .. } => format!("wait for migration `{by}` to end, or abort it"),
+            Self::OtherRouter { .. } => "give both site routers the same address towards the users".into(),
+            Self::Aborted(_) | Self::Finished(_) => "ask for a new migration".into(),
+            _ => "correct the request".into(),
+        }
+    }
+}
+
+const CONTROLLER: &[Role] = &[Role::Controller];
+
+#[tonic::async_trait]
+impl gateway_server::Gateway for Gateway {
+    async fn configure(
+        &self,
+        request: Request<v1::ConfigureRequest>,
+    ) -> Result<Response<v1::ConfigureResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let desired = Desired::new(request.get_ref(), self.0.virtual_router_mac)?;
+        let _one_at_a_time = self.0.configuring.lock().await;
+        let retired = {
+            let mut core = self.core();
+            // an interface's MTU may have been changed since
+            for (side, link) in [(Side::Access, &self.0.access), (Side::Wan, &self.0.wan)] {
+                let largest = link.largest_frame().map_err(|e| Status::failed_precondition(chain(&e)))?;
+                core.plane.set_port(side, link.index, largest).map_err(|e| internal(&e))?;
+            }
+            let (next, writes, retired) = core.table.configured(&desired)?;
+            core.plane.apply(&writes).map_err(|e| internal(&e))?;
+            core.table = next;
+            info!(
+                revision = desired.revision,
+                networks = desired.networks.len(),
+                users = desired.users.len(),
+                writes = writes.len(),
+                "configured"
+            );
+            retired
+        };
+        self.retire(retired).await?;
+        for network in self.ask_unknown_routers().await {
+            warn!("{}; asking on", silent(&network));
+        }
+        Ok(Response::new(v1::ConfigureResponse {}))
+    }
+
+    async fn status(
+        &self,
+        request: Request<v1::GatewayStatusRequest>,
+    ) -> Result<Response<v1::GatewayStatus>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let core = self.core();
+        let interface = |side: Side, link: &Link| v1::InterfaceStatus {
+            role: side.name().into(),
+            name: link.name.clone(),
+            // nothing else is attached, see Plane::attach
+            attach_mode: "native".into(),
+        };
+        let counters = core.plane.counters().map_err(|e| internal(&e))?;
+        Ok(Response::new(v1::GatewayStatus {
+            name: self.0.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            boot_id: self.0.boot_id.clone(),
+            revision: core.table.revision(),
+            interfaces: vec![interface(Side::Access, &self.0.access), interface(Side::Wan, &self.0.wan)],
+            networks: core
+                .table
+                .networks()
+                .map(|(name, vid, router)| v1::NetworkStatus {
+                    name: name.into(),
+                    vid: vid.map(Into::into),
+                    router_mac: router.map(|mac| mac.to_string()).unwrap_or_default(),
+                })
+                .collect(),
+            users: core
+                .table
+                .users()
+                .map(|(name, mac, network, staged_by)| v1::UserStatus {
+                    name: name.into(),
+                    mac: mac.to_string(),
+                    network: network.into(),
+                    staged_by: staged_by.unwrap_or_default().into(),
+                })
+                .collect(),
+            switches: core
+                .table
+                .switches()
+                .map(|s| v1::SwitchStatus {
+                    switch: s.index.into(),
+                    migration: s.migration.into(),
+                    generation: s.generation,
+                    state: s.state.into(),
+                    from_network: s.from.into(),
+                    to_network: s.to.into(),
+                    users: s.users as u32,
+                })
+                .collect(),
+            counters: counters
+                .into_iter()
+                .map(|(outcome, frames)| v1::Counter { name: outcome.name().into(), frames })
+                .collect(),
+        }))
+    }
+
+    async fn check_switch(
+        &self,
+        request: Request<v1::StageRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let request = request.into_inner();
+        desired::name("migration", &request.migration)?;
+        let (refusals, network) = {
+            let table = &self.core().table;
+            let refusals =
+                table.check(&request.migration, &request.users, &request.from_network, &request.to_network);
+            (refusals, table.network(&request.to_network))
+        };
+        let mut findings: Vec<_> = refusals
+            .iter()
+            .map(|r| self.finding(Severity::Error, r.code(), r.to_string(), r.remedy()))
+            .collect();
+        let down = self.check_links();
+        if down.is_empty()
+            && let Some(network) = network
+        {
+            findings.extend(self.check_router(&network).await);
+        }
+        findings.extend(down);
+        Ok(Response::new(v1::CheckResponse { findings }))
+    }
+
+    async fn stage(&self, request: Request<v1::StageRequest>) -> Result<Response<v1::StageResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let v1::StageRequest { migration, users, from_network, to_network } = request.into_inner();
+        desired::name("migration", &migration)?;
+        let step = self.core().table.stage_begin(&migration, &users, &from_network, &to_network)?;
+        let answer = match step {
+            StageStep::Done(answer) => answer,
+            StageStep::Introduce { network, users } => {
+                let introduced = self.introduce(&network, &users).await;
+                if let Err(status) = self.router_or_refuse(&network, introduced) {
+                    self.core().table.stage_failed(&migration);
+                    return Err(status);
+                }
+                let mut core = self.core();
+                let (writes, answer) = core.table.stage_write(&migration)?;
+                core.plane.apply(&writes).map_err(|e| internal(&e))?;
+                info!(
+                    migration,
+                    users = users.len(),
+                    from = from_network,
+                    to = to_network,
+                    ?answer,
+                    "staged"
+                );
+                answer
+            }
+        };
+        // only after this does every program run find the users in the switch, and so count for its window
+        ended(tokio::task::spawn_blocking(grace_period).await)?;
+        let StageAnswer { switch, generation, .. } = answer;
+        let router_mac = self
+            .core()
+            .table
+            .networks()
+            .find_map(|(name, _, router)| (*name == *to_network).then_some(router)?)
+            .map(|mac| mac.to_string())
+            .unwrap_or_default();
+        Ok(Response::new(v1::StageResponse { switch: switch.into(), generation, router_mac }))
+    }
+
+    async fn switch(
+        &self,
+        request: Request<v1::SwitchRequest>,
+    ) -> Result<Response<v1::SwitchResponse>, Status> {
+        let received_ns = monotonic_ns();
+        require_role(&request, CONTROLLER)?;
+        let v1::SwitchRequest { migration, switch, generation, users, to_network } = request.into_inner();
+        let answer = {
+            let mut core = self.core();
+            match core.table.switch(&migration, switch, generation, &users, &to_network)? {
+                SwitchStep::Done(answer) => answer,
+                SwitchStep::Store { index, word } => {
+                    let committed = core.plane.commit(index, word);
+                    let answer = SwitchAnswer {
+                        window_ns: core.plane.window(index, committed),
+                        store_latency_ns: committed.at_ns.saturating_sub(received_ns),
+                    };
+                    core.table.switched(&migration, answer);
+                    answer
+                }
+            }
+        };
+        info!(migration, users = users.len(), to = to_network, ?answer, "switched");
+        Ok(Response::new(v1::SwitchResponse {
+            window_ns: answer.window_ns,
+            store_latency_ns: answer.store_latency_ns,
+        }))
+    }
+
+    async fn abort(
+        &self,
+        request: Request<v1::AbortSwitchRequest>,
+    ) -> Result<Response<v1::AbortSwitchResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let migration = request.into_inner().migration;
+        desired::name("migration", &migration)?;
+        let step = {
+            let mut core = self.core();
+            let step = core.table.abort(&migration)?;
+            core.plane.apply(&step.writes).map_err(|e| internal(&e))?;
+            step
+        };
+        info!(migration, was_switched = step.was_switched, "aborted");
+        let was_switched = step.was_switched;
+        self.retire(step.retired).await?;
+        Ok(Response::new(v1::AbortSwitchResponse { was_switched }))
+    }
+
+    async fn finish(
+        &self,
+        request: Request<v1::FinishSwitchRequest>,
+    ) -> Result<Response<v1::FinishSwitchResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        let migration = request.into_inner().migration;
+        desired::name("migration", &migration)?;
+        let retired = {
+            let mut core = self.core();
+            let (writes, retired) = core.table.finish(&migration)?;
+            core.plane.apply(&writes).map_err(|e| internal(&e))?;
+            retired
+        };
+        info!(migration, "finished");
+        self.retire(retired).await?;
+        Ok(Response::new(v1::FinishSwitchResponse {}))
+    }
+}

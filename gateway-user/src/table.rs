@@ -1,0 +1,916 @@
+//! Who is on which network, and which switches are under way: the state machine of connection control. Pure: it decides,
+//! and answers with the [`Write`]s that make the maps say so; it does no I/O and reads no clock.
+//!
+//! ```text
+//!             stage                written, all runs see it      switch (the store)
+//!   (none) ----------> Staging ------------------------> Staged -----------------> Switched --finish--> past: finished
+//!                         |                                 |                          |
+//!                         +------------- abort -------------+---------- abort ---------+------------> past: aborted
+//! ```
+//!
+//! What a call of the controller gets, by the state of its migration (`=`: the answer it got before, nothing is done):
+//!
+//! |            | none        | Staging  | Staged   | Switched | past: aborted | past: finished |
+//! |------------|-------------|----------|----------|----------|---------------|----------------|
+//! | stage      | go on       | go on    | =        | =        | refused       | refused        |
+//! | switch     | refused     | refused  | store    | =        | refused       | =              |
+//! | abort      | ok, noted   | unstaged | unstaged | put back | =             | refused        |
+//! | finish     | ok          | refused  | refused  | finished | refused       | =              |
+//!
+//! Stage and switch are compared with what was staged (users, networks, switch, generation) and refused if they differ. An
+//! abort is noted even if nothing was staged, so that a stage that arrives after it, late, is refused. What is past is
+//! kept for the last [`PAST_MAX`] migrations.
+//!
+//! Invariants:
+//! - a user is in at most one switch; a switch holds users of one network only;
+//! - slots, switches and network indices that words in the maps may still name are handed to the caller as [`Retired`] and
+//!   used again only after it gives them back, which it does after a grace period;
+//! - `Configure` neither removes nor changes a user or network of a switch, and never moves a user.
+
+use std::{
+    collections::{BTreeMap, HashMap, VecDeque},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+use gateway_ebpf::{
+    Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord, frame::ip_word, words::Selector,
+};
+
+use crate::{
+    desired::{Desired, NetworkSpec, UserSpec},
+    mac::Mac,
+};
+
+/// The WAN interface in `PORT` and `DEVICE`.
+pub const WAN_PORT: u16 = 0;
+/// The access interface in `PORT` and `DEVICE`.
+pub const ACCESS_PORT: u16 = 1;
+/// How many ended migrations are remembered.
+pub const PAST_MAX: usize = 4096;
+
+/// One change of a map. Lists of them are carried out in order.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "the fields are the map's")]
+pub enum Write {
+    /// `USER[slot].word`
+    UserWord { slot: u32, word: UserWord },
+    /// `USER[slot].identity`
+    UserIdentity { slot: u32, identity: u64 },
+    /// `USER_INDEX` and `USER_BY_MAC`
+    AddMac { mac: Mac, port: u16, slot: u32 },
+    /// The inverse.
+    RemoveMac { mac: Mac, port: u16 },
+    /// `USER_BY_IP`
+    AddAddress { address: Ipv4Addr, slot: u32 },
+    /// The inverse.
+    RemoveAddress { address: Ipv4Addr },
+    /// `SWITCH[index]`
+    Switch { index: u16, word: SwitchWord },
+    /// `NETWORK[index].router`
+    NetworkRouter { index: u16, router: Router },
+    /// `NETWORK[index].link`
+    NetworkLink { index: u16, link: Link },
+    /// `NETWORK[index].address`
+    NetworkAddress { index: u16, address: Ipv4Addr },
+    /// `NETWORK_BY_VID[vid]`
+    Vid { vid: u16, index: u16 },
+}
+
+/// Indices that words in the maps may still name.
+#[derive(Debug, Default, PartialEq, Eq)]
+#[must_use = "indices that are not given back are lost"]
+pub struct Retired {
+    slots: Vec<u32>,
+    networks: Vec<u32>,
+    switches: Vec<u32>,
+}
+
+impl Retired {
+    /// Whether there is nothing to wait for.
+    pub fn is_empty(&self) -> bool {
+        self.slots.is_empty() && self.networks.is_empty() && self.switches.is_empty()
+    }
+}
+
+/// Why the table refuses.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are what the message names")]
+pub enum Refusal {
+    /// An old state of the inventory.
+    #[error("revision {revision} is older than revision {accepted}, which this gateway already has")]
+    OldRevision { revision: u64, accepted: u64 },
+    /// A user or network that a switch needs.
+    #[error("{what} `{name}` {would}, but migration `{migration}` has it staged: finish or abort that first")]
+    InUse { what: &'static str, name: String, would: &'static str, migration: String },
+    /// More users than configured for.
+    #[error("{wanted} users, but this gateway is configured for {limit}: raise `max_users` and restart it")]
+    Users { wanted: usize, limit: u32 },
+    /// No index left.
+    #[error("no room for another {0}: finish or abort what is under way, or try again")]
+    Room(&'static str),
+    /// Nobody in particular.
+    #[error("migration `{0}` names no user to switch")]
+    NoUsers(String),
+    /// Named twice in one request.
+    #[error("user `{0}` is named twice")]
+    UserTwice(String),
+    /// Not in the inventory.
+    #[error("there is no user `{0}` at this gateway: apply the inventory first")]
+    UnknownUser(String),
+    /// Not in the inventory.
+    #[error("there is no network `{0}` at this gateway: apply the inventory first")]
+    UnknownNetwork(String),
+    /// From here to here.
+    #[error("from and to are both network `{0}`")]
+    SameNetwork(String),
+    /// Somewhere else.
+    #[error("user `{user}` is on network `{on}`, not on `{from}`")]
+    Elsewhere { user: String, on: String, from: String },
+    /// In another switch.
+    #[error("user `{user}` is staged by migration `{by}`: finish or abort that first")]
+    StagedByOther { user: String, by: String },
+    /// The users would lose their router.
+    #[error(
+        "the router is {from_address} in network `{from}`, but {to_address} in `{to}`: a user's router must have one address"
+    )]
+    OtherRouter { from: String, from_address: Ipv4Addr, to: String, to_address: Ipv4Addr },
+    /// The same migration, but other users or networks.
+    #[error("migration `{migration}` is staged here with other {what}: abort it first")]
+    Differs { migration: String, what: &'static str },
+    /// Never staged, or the gateway was restarted since.
+    #[error("migration `{0}` has nothing staged here")]
+    NotStaged(String),
+    /// Staging is not over.
+    #[error("migration `{0}` is still being staged")]
+    StillStaging(String),
+    /// Not switched.
+    #[error("migration `{0}` is staged, but not switched: switch or abort it")]
+    NotSwitched(String),
+    /// Was aborted.
+    #[error("migration `{0}` was aborted here")]
+    Aborted(String),
+    /// Was finished.
+    #[error("migration `{0}` is finished here: its users are on the new network for good")]
+    Finished(String),
+}
+
+/// What a stage was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StageAnswer {
+    /// The switch.
+    pub switch: u16,
+    /// Its generation.
+    pub generation: u64,
+    /// Index of the new network.
+    pub to: u16,
+}
+
+/// What a switch was answered.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct SwitchAnswer {
+    /// Store -> last frame under the old network.
+    pub window_ns: u64,
+    /// Call -> store.
+    pub store_latency_ns: u64,
+}
+
+/// How staging goes on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum StageStep {
+    /// Introduce these users in the new network, then [`Table::stage_write`].
+    Introduce {
+        /// The new network.
+        network: Asked,
+        /// MAC and first address of each user.
+        users: Vec<(Mac, Ipv4Addr)>,
+    },
+    /// Was staged before.
+    Done(StageAnswer),
+}
+
+/// A network as the introduction needs it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Asked {
+    /// Name.
+    pub name: Arc<str>,
+    /// Index.
+    pub index: u16,
+    /// What is known of it.
+    pub spec: NetworkSpec,
+    /// The router's MAC as learned before.
+    pub learned: Option<Mac>,
+}
+
+/// How a switch goes on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SwitchStep {
+    /// Make the store, then [`Table::switched`].
+    Store {
+        /// Index into `SWITCH`.
+        index: u16,
+        /// What to store.
+        word: SwitchWord,
+    },
+    /// Was switched before.
+    Done(SwitchAnswer),
+}
+
+/// How an abort goes on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct AbortStep {
+    /// To carry out; the first is the store back.
+    pub writes: Vec<Write>,
+    /// To give back after a grace period.
+    pub retired: Retired,
+    /// The users were on the new network.
+    pub was_switched: bool,
+}
+
+/// A switch as `Status` shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SwitchView<'a> {
+    /// Index into `SWITCH`.
+    pub index: u16,
+    /// The migration.
+    pub migration: &'a str,
+    /// Its generation.
+    pub generation: u64,
+    /// "staging", "staged" or "switched".
+    pub state: &'static str,
+    /// The old network.
+    pub from: &'a str,
+    /// The new one.
+    pub to: &'a str,
+    /// How many users.
+    pub users: usize,
+}
+
+/// Numbers from 1 up, some given back.
+#[derive(Debug, Clone)]
+struct Indices {
+    next: u32,
+    end: u32,
+    free: Vec<u32>,
+}
+
+impl Indices {
+    const fn new(end: u32) -> Self {
+        Self { next: 1, end, free: Vec::new() }
+    }
+
+    fn take(&mut self) -> Option<u32> {
+        self.free.pop().or_else(|| {
+            (self.next < self.end).then(|| {
+                self.next += 1;
+                self.next - 1
+            })
+        })
+    }
+}
+
+#[derive(Debug, Clone)]
+struct NetworkState {
+    index: u16,
+    spec: NetworkSpec,
+    learned: Option<Mac>,
+}
+
+impl NetworkState {
+    fn router(&self) -> Option<Mac> {
+        self.spec.router_mac.or(self.learned)
+    }
+
+    fn router_word(&self) -> Router {
+        self.router().map_or(Router::UNKNOWN, |mac| Router::at(mac.word()))
+    }
+}
+
+#[derive(Debug, Clone)]
+struct UserState {
+    slot: u32,
+    spec: UserSpec,
+    network: Arc<str>,
+    staged_by: Option<Arc<str>>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum State {
+    Staging,
+    Staged,
+    Switched(SwitchAnswer),
+}
+
+#[derive(Debug, Clone)]
+struct Switch {
+    index: u16,
+    generation: u64,
+    from: Arc<str>,
+    to: Arc<str>,
+    /// Sorted.
+    users: Vec<Arc<str>>,
+    state: State,
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Ended {
+    Aborted { was_switched: bool },
+    Finished { index: u16, generation: u64, answer: SwitchAnswer },
+}
+
+/// The state.
+#[derive(Debug, Clone)]
+pub struct Table {
+    max_users: u32,
+    revision: u64,
+    generation: u64,
+    networks: BTreeMap<Arc<str>, NetworkState>,
+    users: BTreeMap<Arc<str>, UserState>,
+    switches: BTreeMap<Arc<str>, Switch>,
+    past: HashMap<Arc<str>, Ended>,
+    past_order: VecDeque<Arc<str>>,
+    slots: Indices,
+    network_indices: Indices,
+    switch_indices: Indices,
+}
+
+/// Slots of `USER` that `max_users` users need: replaced users keep theirs through a grace period. Slot 0 is no user's.
+pub const fn slots_for(max_users: u32) -> u32 {
+    2 * max_users + 1
+}
+
+impl Table {
+    /// Knows nothing yet.
+    pub fn new(max_users: u32) -> Self {
+        Self {
+            max_users,
+            revision: 0,
+            generation: 0,
+            networks: BTreeMap::new(),
+            users: BTreeMap::new(),
+            switches: BTreeMap::new(),
+            past: HashMap::new(),
+            past_order: VecDeque::new(),
+            slots: Indices::new(slots_for(max_users)),
+            network_indices: Indices::new(NETWORKS),
+            switch_indices: Indices::new(SWITCHES),
+        }
+    }
+
+    /// Last accepted revision; 0: never configured.
+    pub const fn revision(&self) -> u64 {
+        self.revision
+    }
+
+    /// Takes over what the controller wants. The caller carries the writes out on the maps, or, if that fails, drops the
+    /// new table and tries again.
+    ///
+    /// # Errors
+    /// [`Refusal`]; nothing is changed then.
+    pub fn configured(&self, desired: &Desired) -> Result<(Self, Vec<Write>, Retired), Refusal> {
+        if desired.revision < self.revision {
+            return Err(Refusal::OldRevision { revision: desired.revision, accepted: self.revision });
+        }
+        if desired.users.len() > self.max_users as usize {
+            return Err(Refusal::Users { wanted: desired.users.len(), limit: self.max_users });
+        }
+        self.keep_what_is_staged(desired)?;
+
+        let mut next = self.clone();
+        next.revision = desired.revision;
+        let mut retired = Retired::default();
+        // first everything that takes something away, so that nothing is given twice on the way
+        let mut removals = Vec::new();
+        let mut additions = Vec::new();
+
+        next.networks.retain(|name, network| {
+            let keep = desired.networks.contains_key(name);
+            if !keep {
+                removals.push(Write::Vid { vid: network.spec.vid.unwrap_or(0), index: 0 });
+                removals.push(Write::NetworkLink { index: network.index, link: Link::NONE });
+                retired.networks.push(network.index.into());
+            }
+            keep
+        });
+        for (name, spec) in &desired.networks {
+            let index = match next.networks.get_mut(name) {
+                Some(network) if network.spec == *spec => continue,
+                Some(network) => {
+                    removals.push(Write::Vid { vid: network.spec.vid.unwrap_or(0), index: 0 });
+                    if (network.spec.vid, network.spec.address) != (spec.vid, spec.address) {
+                        network.learned = None;
+                    }
+                    network.spec = spec.clone();
+                    network.index
+                }
+                None => {
+                    let index = next.network_indices.take().ok_or(Refusal::Room("network"))? as u16;
+                    let state = NetworkState { index, spec: spec.clone(), learned: None };
+                    next.networks.insert(Arc::clone(name), state);
+                    index
+                }
+            };
+            let vid = spec.vid.unwrap_or(0);
+            additions.push(Write::NetworkRouter { index, router: next.networks[name].router_word() });
+            additions.push(Write::NetworkAddress { index, address: spec.address });
+            additions.push(Write::NetworkLink { index, link: Link::new(vid, WAN_PORT) });
+            additions.push(Write::Vid { vid, index });
+        }
+
+        next.users.retain(|name, user| {
+            let keep = desired.users.contains_key(name);
+            if !keep {
+                removals.push(Write::UserWord { slot: user.slot, word: UserWord::resting(0) });
+                removals.push(Write::UserIdentity { slot: user.slot, identity: 0 });
+                removals.push(Write::RemoveMac { mac: user.spec.mac, port: ACCESS_PORT });
+                removals.extend(user.spec.addresses.iter().map(|&address| Write::RemoveAddress { address }));
+                retired.slots.push(user.slot);
+            }
+            keep
+        });
+        for (name, (spec, network)) in &desired.users {
+            let identity = User::identity(spec.mac.word(), ACCESS_PORT);
+            let slot = match next.users.get_mut(name) {
+                Some(user) => {
+                    if !next.networks.contains_key(&user.network) {
+                        // the network the user was on is gone: the one declared, then
+                        user.network = Arc::clone(network);
+                        let word = UserWord::resting(next.networks[network].index);
+                        additions.push(Write::UserWord { slot: user.slot, word });
+                    }
+                    if user.spec == *spec {
+                        continue;
+                    }
+                    removals.push(Write::RemoveMac { mac: user.spec.mac, port: ACCESS_PORT });
+                    removals
+                        .extend(user.spec.addresses.iter().map(|&address| Write::RemoveAddress { address }));
+                    user.spec = spec.clone();
+                    additions.push(Write::UserIdentity { slot: user.slot, identity });
+                    user.slot
+                }
+                None => {
+                    let slot = next.slots.take().ok_or(Refusal::Room("user"))?;
+                    let state =
+                        UserState { slot, spec: spec.clone(), network: Arc::clone(network), staged_by: None };
+                    next.users.insert(Arc::clone(name), state);
+                    additions.push(Write::UserIdentity { slot, identity });
+                    additions.push(Write::UserWord {
+                        slot,
+                        word: UserWord::resting(next.networks[network].index),
+                    });
+                    slot
+                }
+            };
+            additions.push(Write::AddMac { mac: spec.mac, port: ACCESS_PORT, slot });
+            additions.extend(spec.addresses.iter().map(|&address| Write::AddAddress { address, slot }));
+        }
+
+        removals.extend(additions);
+        Ok((next, removals, retired))
+    }
+
+    fn keep_what_is_staged(&self, desired: &Desired) -> Result<(), Refusal> {
+        for (migration, switch) in &self.switches {
+            let refuse = |what, name: &str, gone| {
+                let would = if gone { "would be removed" } else { "would be changed" };
+                Err(Refusal::InUse { what, name: name.into(), would, migration: migration.to_string() })
+            };
+            for name in [&switch.from, &switch.to] {
+                match desired.networks.get(name) {
+                    Some(spec) if *spec == self.networks[name].spec => {}
+                    changed => return refuse("network", name, changed.is_none()),
+                }
+            }
+            for name in &switch.users {
+                match desired.users.get(name) {
+                    Some((spec, _)) if *spec == self.users[name].spec => {}
+                    changed => return refuse("user", name, changed.is_none()),
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives indices back, after a grace period.
+    pub fn reuse(&mut self, retired: Retired) {
+        self.slots.free.extend(retired.slots);
+        self.network_indices.free.extend(retired.networks);
+        self.switch_indices.free.extend(retired.switches);
+    }
+
+    /// Everything that speaks against staging this.
+    pub fn check(&self, migration: &str, users: &[String], from: &str, to: &str) -> Vec<Refusal> {
+        let mut found = Vec::new();
+        match self.past.get(migration) {
+            Some(Ended::Aborted { .. }) => found.push(Refusal::Aborted(migration.into())),
+            Some(Ended::Finished { .. }) => found.push(Refusal::Finished(migration.into())),
+            None => {}
+        }
+        if users.is_empty() {
+            found.push(Refusal::NoUsers(migration.into()));
+        }
+        for name in [from, to] {
+            if !self.networks.contains_key(name) {
+                found.push(Refusal::UnknownNetwork(name.into()));
+            }
+        }
+        if from == to {
+            found.push(Refusal::SameNetwork(to.into()));
+        }
+        if let (Some(a), Some(b)) = (self.networks.get(from), self.networks.get(to))
+            && a.spec.address != b.spec.address
+        {
+            found.push(Refusal::OtherRouter {
+                from: from.into(),
+                from_address: a.spec.address,
+                to: to.into(),
+                to_address: b.spec.address,
+            });
+        }
+        let mut sorted: Vec<&str> = users.iter().map(String::as_str).collect();
+        sorted.sort_unstable();
+        for pair in sorted.windows(2) {
+            if pair[0] == pair[1] {
+                found.push(Refusal::UserTwice(pair[0].into()));
+            }
+        }
+        sorted.dedup();
+        for name in sorted {
+            match self.users.get(name) {
+                None => found.push(Refusal::UnknownUser(name.into())),
+                Some(user) => match &user.staged_by {
+                    Some(by) if **by != *migration => {
+                        found.push(Refusal::StagedByOther { user: name.into(), by: by.to_string() });
+                    }
+                    Some(_) => {}
+                    None if *user.network != *from => found.push(Refusal::Elsewhere {
+                        user: name.into(),
+                        on: user.network.to_string(),
+                        from: from.into(),
+                    }),
+                    None => {}
+                },
+            }
+        }
+        found
+    }
+
+    /// Begins staging: reserves the users and a switch. Nothing of it is in the maps yet.
+    ///
+    /// # Errors
+    /// The first [`Refusal`] of [`Table::check`]; nothing is changed then.
+    pub fn stage_begin(
+        &mut self,
+        migration: &str,
+        users: &[String],
+        from: &str,
+        to: &str,
+    ) -> Result<StageStep, Refusal> {
+        if let Some(switch) = self.switches.get(migration) {
+            let differs = |what| Err(Refusal::Differs { migration: migration.into(), what });
+            if (&*switch.from, &*switch.to) != (from, to) {
+                return differs("networks");
+            }
+            if !same_users(&switch.users, users) {
+                return differs("users");
+            }
+            return Ok(match switch.state {
+                State::Staging => self.introduction(switch),
+                State::Staged | State::Switched(_) => StageStep::Done(self.stage_answer(switch)),
+            });
+        }
+        if let Some(refusal) = self.check(migration, users, from, to).into_iter().next() {
+            return Err(refusal);
+        }
+        let key = |name: &str| {
+            let (key, _) = self.networks.get_key_value(name)?;
+            Some(Arc::clone(key))
+        };
+        let from = key(from).ok_or_else(|| Refusal::UnknownNetwork(from.into()))?;
+        let to = key(to).ok_or_else(|| Refusal::UnknownNetwork(to.into()))?;
+        let index = self.switch_indices.take().ok_or(Refusal::Room("switch"))? as u16;
+        let migration: Arc<str> = migration.into();
+        let mut staged = Vec::with_capacity(users.len());
+        for name in users {
+            if let Some(user) = self.users.get_mut(name.as_str()) {
+                user.staged_by = Some(Arc::clone(&migration));
+            }
+            if let Some((name, _)) = self.users.get_key_value(name.as_str()) {
+                staged.push(Arc::clone(name));
+            }
+        }
+        staged.sort_unstable();
+        self.generation += 1;
+        let switch =
+            Switch { index, generation: self.generation, from, to, users: staged, state: State::Staging };
+        let step = self.introduction(&switch);
+        self.switches.insert(migration, switch);
+        Ok(step)
+    }
+
+    fn introduction(&self, switch: &Switch) -> StageStep {
+        let users = switch.users.iter().map(|name| self.users[name].ask()).collect();
+        StageStep::Introduce { network: self.asked(&switch.to), users }
+    }
+
+    fn asked(&self, name: &Arc<str>) -> Asked {
+        let network = &self.networks[name];
+        Asked {
+            name: Arc::clone(name),
+            index: network.index,
+            spec: network.spec.clone(),
+            learned: network.learned,
+        }
+    }
+
+    fn stage_answer(&self, switch: &Switch) -> StageAnswer {
+        StageAnswer {
+            switch: switch.index,
+            generation: switch.generation,
+            to: self.networks[&switch.to].index,
+        }
+    }
+
+    /// Staging succeeded: what to write, and, after a grace period, to answer.
+    ///
+    /// # Errors
+    /// [`Refusal`] if it was given up meanwhile.
+    pub fn stage_write(&mut self, migration: &str) -> Result<(Vec<Write>, StageAnswer), Refusal> {
+        let switch = self.switches.get(migration).ok_or_else(|| self.gone(migration))?;
+        let answer = self.stage_answer(switch);
+        let mut writes = Vec::new();
+        if switch.state == State::Staging {
+            let (index, generation) = (switch.index, switch.generation);
+            // the switch first: who finds it in a user's word finds it set
+            writes.push(Write::Switch { index, word: SwitchWord::forward(Selector::A, generation) });
+            let word = UserWord::staged(
+                self.networks[&switch.from].index,
+                self.networks[&switch.to].index,
+                index,
+                generation,
+            );
+            writes.extend(
+                switch.users.iter().map(|name| Write::UserWord { slot: self.users[name].slot, word }),
+            );
+        }
+        if let Some(switch) = self.switches.get_mut(migration)
+            && switch.state == State::Staging
+        {
+            switch.state = State::Staged;
+        }
+        Ok((writes, answer))
+    }
+
+    /// Staging failed before anything was written: as if it had never begun.
+    pub fn stage_failed(&mut self, migration: &str) {
+        if self.switches.get(migration).is_some_and(|s| s.state == State::Staging)
+            && let Some(switch) = self.switches.remove(migration)
+        {
+            self.release(&switch);
+            // no word has named it
+            self.switch_indices.free.push(switch.index.into());
+        }
+    }
+
+    /// Decides on the store.
+    ///
+    /// # Errors
+    /// [`Refusal`] if this is not what was staged.
+    pub fn switch(
+        &self,
+        migration: &str,
+        index: u32,
+        generation: u64,
+        users: &[String],
+        to: &str,
+    ) -> Result<SwitchStep, Refusal> {
+        let differs = |what| Err(Refusal::Differs { migration: migration.into(), what });
+        let Some(switch) = self.switches.get(migration) else {
+            return match self.past.get(migration) {
+                Some(Ended::Finished { index: i, generation: g, answer }) => {
+                    if (u32::from(*i), *g) == (index, generation) {
+                        Ok(SwitchStep::Done(*answer))
+                    } else {
+                        differs("switch or generation")
+                    }
+                }
+                _ => Err(self.gone(migration)),
+            };
+        };
+        if (u32::from(switch.index), switch.generation) != (index, generation) {
+            return differs("switch or generation");
+        }
+        if *switch.to != *to {
+            return differs("networks");
+        }
+        if !same_users(&switch.users, users) {
+            return differs("users");
+        }
+        match switch.state {
+            State::Staging => Err(Refusal::StillStaging(migration.into())),
+            State::Staged => {
+                let word = SwitchWord::forward(Selector::B, generation);
+                Ok(SwitchStep::Store { index: switch.index, word })
+            }
+            State::Switched(answer) => Ok(SwitchStep::Done(answer)),
+        }
+    }
+
+    /// The store was made.
+    pub fn switched(&mut self, migration: &str, answer: SwitchAnswer) {
+        if let Some(switch) = self.switches.get_mut(migration) {
+            switch.state = State::Switched(answer);
+        }
+    }
+
+    /// Puts everything back.
+    ///
+    /// # Errors
+    /// [`Refusal::Finished`]: there is no way back.
+    pub fn abort(&mut self, migration: &str) -> Result<AbortStep, Refusal> {
+        let nothing =
+            |was_switched| AbortStep { writes: Vec::new(), retired: Retired::default(), was_switched };
+        let Some(switch) = self.switches.remove(migration) else {
+            return match self.past.get(migration) {
+                Some(Ended::Finished { .. }) => Err(Refusal::Finished(migration.into())),
+                Some(Ended::Aborted { was_switched }) => Ok(nothing(*was_switched)),
+                None => {
+                    self.remember(migration, Ended::Aborted { was_switched: false });
+                    Ok(nothing(false))
+                }
+            };
+        };
+        self.release(&switch);
+        let was_switched = matches!(switch.state, State::Switched(_));
+        self.remember(migration, Ended::Aborted { was_switched });
+        if switch.state == State::Staging {
+            self.switch_indices.free.push(switch.index.into());
+            return Ok(nothing(false));
+        }
+        let mut writes = vec![Write::Switch {
+            index: switch.index,
+            word: SwitchWord::forward(Selector::A, switch.generation),
+        }];
+        writes.extend(self.rest(&switch.users, &switch.from));
+        let retired = Retired { switches: vec![switch.index.into()], ..Retired::default() };
+        Ok(AbortStep { writes, retired, was_switched })
+    }
+
+    /// Makes the new network the users' only one.
+    ///
+    /// # Errors
+    /// [`Refusal`] unless the migration is switched, or unknown here.
+    pub fn finish(&mut self, migration: &str) -> Result<(Vec<Write>, Retired), Refusal> {
+        let Some(switch) = self.switches.get(migration) else {
+            return match self.past.get(migration) {
+                Some(Ended::Aborted { .. }) => Err(Refusal::Aborted(migration.into())),
+                Some(Ended::Finished { .. }) | None => Ok((Vec::new(), Retired::default())),
+            };
+        };
+        let answer = match switch.state {
+            State::Switched(answer) => answer,
+            State::Staging => return Err(Refusal::StillStaging(migration.into())),
+            State::Staged => return Err(Refusal::NotSwitched(migration.into())),
+        };
+        let switch = switch.clone();
+        self.switches.remove(migration);
+        self.release(&switch);
+        for name in &switch.users {
+            if let Some(user) = self.users.get_mut(name) {
+                user.network = Arc::clone(&switch.to);
+            }
+        }
+        self.remember(
+            migration,
+            Ended::Finished { index: switch.index, generation: switch.generation, answer },
+        );
+        let writes = self.rest(&switch.users, &switch.to).collect();
+        Ok((writes, Retired { switches: vec![switch.index.into()], ..Retired::default() }))
+    }
+
+    fn rest<'a>(&'a self, users: &'a [Arc<str>], network: &str) -> impl Iterator<Item = Write> + 'a {
+        let word = UserWord::resting(self.networks[network].index);
+        users.iter().map(move |name| Write::UserWord { slot: self.users[name].slot, word })
+    }
+
+    fn release(&mut self, switch: &Switch) {
+        for name in &switch.users {
+            if let Some(user) = self.users.get_mut(name) {
+                user.staged_by = None;
+            }
+        }
+    }
+
+    fn remember(&mut self, migration: &str, ended: Ended) {
+        let key: Arc<str> = migration.into();
+        if self.past.insert(Arc::clone(&key), ended).is_none() {
+            self.past_order.push_back(key);
+        }
+        while self.past_order.len() > PAST_MAX {
+            if let Some(oldest) = self.past_order.pop_front() {
+                self.past.remove(&oldest);
+            }
+        }
+    }
+
+    fn gone(&self, migration: &str) -> Refusal {
+        match self.past.get(migration) {
+            Some(Ended::Aborted { .. }) => Refusal::Aborted(migration.into()),
+            Some(Ended::Finished { .. }) => Refusal::Finished(migration.into()),
+            None => Refusal::NotStaged(migration.into()),
+        }
+    }
+
+    /// The router with address `address` was heard at `mac` in the network with `vid` (0: untagged). Answers with the
+    /// network's index, and what to write if that is news.
+    pub fn heard(&mut self, vid: u16, address: Ipv4Addr, mac: Mac) -> Option<(u16, Option<Write>)> {
+        let network = self
+            .networks
+            .values_mut()
+            .find(|n| n.spec.vid.unwrap_or(0) == vid && n.spec.address == address)?;
+        let news = network.spec.router_mac.is_none() && network.learned != Some(mac);
+        if news {
+            network.learned = Some(mac);
+        }
+        let (index, router) = (network.index, network.router_word());
+        Some((index, news.then_some(Write::NetworkRouter { index, router })))
+    }
+
+    /// A network by name, as the introduction needs it.
+    pub fn network(&self, name: &str) -> Option<Asked> {
+        self.networks.get_key_value(name).map(|(name, _)| self.asked(name))
+    }
+
+    /// Networks with users whose router's MAC is not known, each with one user to ask as.
+    pub fn unknown_routers(&self) -> Vec<(Asked, (Mac, Ipv4Addr))> {
+        self.networks
+            .iter()
+            .filter(|(_, network)| network.router().is_none())
+            .filter_map(|(name, _)| {
+                let user = self.users.values().find(|u| u.network == *name)?;
+                Some((self.asked(name), user.ask()))
+            })
+            .collect()
+    }
+
+    /// Name, VID and router MAC of each network.
+    pub fn networks(&self) -> impl Iterator<Item = (&str, Option<u16>, Option<Mac>)> {
+        self.networks.iter().map(|(name, n)| (&**name, n.spec.vid, n.router()))
+    }
+
+    /// Name, MAC, network now, and staging migration of each user.
+    pub fn users(&self) -> impl Iterator<Item = (&str, Mac, &str, Option<&str>)> {
+        self.users.iter().map(|(name, user)| {
+            let switched = user.staged_by.as_ref().and_then(|by| self.switches.get(by));
+            let network = match switched {
+                Some(Switch { state: State::Switched(_), to, .. }) => to,
+                _ => &user.network,
+            };
+            (&**name, user.spec.mac, &**network, user.staged_by.as_deref())
+        })
+    }
+
+    /// The switches under way.
+    pub fn switches(&self) -> impl Iterator<Item = SwitchView<'_>> {
+        self.switches.iter().map(|(migration, s)| SwitchView {
+            index: s.index,
+            migration,
+            generation: s.generation,
+            state: match s.state {
+                State::Staging => "staging",
+                State::Staged => "staged",
+                State::Switched(_) => "switched",
+            },
+            from: &s.from,
+            to: &s.to,
+            users: s.users.len(),
+        })
+    }
+}
+
+impl UserState {
+    fn ask(&self) -> (Mac, Ipv4Addr) {
+        // at least one, see UserSpec
+        (self.spec.mac, self.spec.addresses.first().copied().unwrap_or(Ipv4Addr::UNSPECIFIED))
+    }
+}
+
+impl Write {
+    /// The address as the map's key.
+    pub const fn address_word(address: Ipv4Addr) -> u32 {
+        ip_word(address.octets())
+    }
+}
+
+/// Whether `named`, in any order, are exactly the `staged` (which are sorted).
+fn same_users(staged: &[Arc<str>], named: &[String]) -> bool {
+    if staged.len() != named.len() {
+        return false;
+    }
+    let mut named: Vec<&str> = named.iter().map(String::as_str).collect();
+    named.sort_unstable();
+    staged.iter().zip(named).all(|(a, b)| **a == *b)
+}
+
+#[cfg(test)]
+mod tests {}

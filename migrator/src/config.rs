@@ -1,0 +1,200 @@
+//! The daemon's configuration file (TOML). Unknown keys are refused, so a mistyped one is never silently ignored.
+
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use handover_api::tls::TlsFiles;
+
+/// Why a configuration cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("reading {}", path.display())]
+    Read {
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// It is no TOML, or a key is unknown, missing or of another type.
+    #[error("{}", path.display())]
+    Syntax {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: Box<toml::de::Error>,
+    },
+    /// A value that cannot be.
+    #[error("{}: {key} = {value}: {why}", path.display())]
+    Value {
+        /// Which file.
+        path: PathBuf,
+        /// The key.
+        key: &'static str,
+        /// Its value.
+        value: String,
+        /// What is wrong, and what to write instead.
+        why: String,
+    },
+}
+
+/// What `handover-migrator --config FILE` reads.
+#[derive(Debug, Clone, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Config {
+    /// This server's name, as in its certificate and the inventory.
+    pub name: String,
+    /// Control network: where the controller calls.
+    pub listen: SocketAddr,
+    /// Migration network: where the other migrators call.
+    pub migration_listen: SocketAddr,
+    /// Interface that carries the services' virtual IPs.
+    pub interface: String,
+    /// Durable promises; has to survive a reboot.
+    pub state_dir: PathBuf,
+    /// Process images in transit; should be a tmpfs.
+    pub image_dir: PathBuf,
+    /// The CRIU program.
+    pub criu: PathBuf,
+    /// Subtree of the cgroup v2 hierarchy that the daemon may use; `<cgroup2 mount>/handover` when absent.
+    pub cgroup: Option<PathBuf>,
+    /// How long a source that has voted waits for *yield* before it goes on alone.
+    #[serde(default = "vote_lease")]
+    pub vote_lease_seconds: u64,
+    /// Longest time from *freeze* to the vote; after it the source is thawed.
+    #[serde(default = "freeze_limit")]
+    pub freeze_limit_seconds: u64,
+    /// Certificate, key, authority.
+    pub tls: TlsFiles,
+}
+
+const fn vote_lease() -> u64 {
+    10
+}
+
+const fn freeze_limit() -> u64 {
+    60
+}
+
+impl Config {
+    /// Reads and checks `path`.
+    ///
+    /// # Errors
+    /// [`ConfigError`] names file, key, value and the way out.
+    pub fn load(path: &Path) -> Result<Self, ConfigError> {
+        let text = std::fs::read_to_string(path)
+            .map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        Self::parse(path, &text)
+    }
+
+    fn parse(path: &Path, text: &str) -> Result<Self, ConfigError> {
+        let config: Self = toml::from_str(text)
+            .map_err(|e| ConfigError::Syntax { path: path.into(), source: Box::new(e) })?;
+        config.check(path)?;
+        Ok(config)
+    }
+
+    fn check(&self, path: &Path) -> Result<(), ConfigError> {
+        let refuse = |key, value: String, why: &str| {
+            Err(ConfigError::Value { path: path.into(), key, value, why: why.into() })
+        };
+        if self.name.is_empty() {
+            return refuse("name", "\"\"".into(), "give the server's name as in its certificate");
+        }
+        // IFNAMSIZ includes the terminating zero
+        if self.interface.is_empty() || self.interface.len() > 15 || self.interface.contains(['/', ' ']) {
+            return refuse("interface", format!("{:?}", self.interface), "an interface name has 1 to 15 characters");
+        }
+        let paths = [
+            ("state_dir", Some(&self.state_dir)),
+            ("image_dir", Some(&self.image_dir)),
+            ("criu", Some(&self.criu)),
+            ("cgroup", self.cgroup.as_ref()),
+        ];
+        for (key, value) in paths {
+            if let Some(value) = value
+                && !value.is_absolute()
+            {
+                return refuse(key, value.display().to_string(), "write an absolute path");
+            }
+        }
+        for (key, value) in [
+            ("vote_lease_seconds", self.vote_lease_seconds),
+            ("freeze_limit_seconds", self.freeze_limit_seconds),
+        ] {
+            if !(1..=3600).contains(&value) {
+                return refuse(key, value.to_string(), "write 1 to 3600");
+            }
+        }
+        Ok(())
+    }
+
+    /// See [`Config::vote_lease_seconds`].
+    pub fn vote_lease(&self) -> Duration {
+        Duration::from_secs(self.vote_lease_seconds)
+    }
+
+    /// See [`Config::freeze_limit_seconds`].
+    pub fn freeze_limit(&self) -> Duration {
+        Duration::from_secs(self.freeze_limit_seconds)
+    }
+
+    /// Where the records are.
+    pub fn records_dir(&self) -> PathBuf {
+        self.state_dir.join("migrations")
+    }
+
+    /// Where CRIU's logs of failed migrations are kept.
+    pub fn logs_dir(&self) -> PathBuf {
+        self.state_dir.join("logs")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GOOD: &str = r#"
+        name = "main-server"
+        listen = "10.255.0.5:7443"
+        migration_listen = "10.254.0.5:7444"
+        interface = "service0"
+        state_dir = "/var/lib/handover-migrator"
+        image_dir = "/run/handover-migrator"
+        criu = "/usr/sbin/criu"
+        [tls]
+        ca = "/ca.pem"
+        cert = "/cert.pem"
+        key = "/key.pem"
+    "#;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::parse(Path::new("m.toml"), text).map_err(|e| crate::error::chain(&e))
+    }
+
+    #[test]
+    fn the_example_is_accepted() {
+        let config = parse(GOOD).unwrap();
+        assert_eq!(config.vote_lease_seconds, 10);
+        assert_eq!(config.cgroup, None);
+    }
+
+    #[test]
+    fn bad_values_name_the_key_the_value_and_the_way_out() {
+        for (from, to, told) in [
+            ("name =", "nam =", "nam"),
+            ("interface = \"service0\"", "interface = \"\"", "interface = \"\": an interface name"),
+            ("\"/run/handover-migrator\"", "\"run\"", "image_dir = run: write an absolute path"),
+            ("10.255.0.5:7443", "10.255.0.5", "listen"),
+            ("[tls]", "vote_lease_seconds = 0\n[tls]", "vote_lease_seconds = 0: write 1 to 3600"),
+        ] {
+            let err = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
+            assert!(err.contains(told), "{told:?} not in {err:?}");
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! `handover-migrator`: see the library.
+
+use std::{path::PathBuf, process::ExitCode, time::Duration};
+
+use anyhow::Context as _;
+use clap::{Parser, Subcommand};
+use handover_api::tls::Tls;
+use handover_migrator::{
+    config::{Config, ConfigError},
+    node::Node,
+    server,
+};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Moves running services between servers: the daemon on each of them.
+#[derive(Parser)]
+#[command(version, args_conflicts_with_subcommands = true)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Configuration file (TOML).
+    #[arg(long, value_name = "FILE", required = true)]
+    config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Only checks the configuration and the certificates it names.
+    Check {
+        /// Configuration file (TOML).
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    tracing_subscriber::fmt()
+        .with_writer(std::io::stderr)
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::builder()
+                .with_default_directive(tracing_subscriber::filter::LevelFilter::INFO.into())
+                .from_env_lossy(),
+        )
+        .init();
+    let outcome = match (cli.command, cli.config) {
+        (Some(Command::Check { config }), _) => check(&config),
+        (None, Some(config)) => run(&config),
+        (None, None) => Ok(()), // clap demands one of them
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(if e.downcast_ref::<ConfigError>().is_some() { 2 } else { 1 })
+        }
+    }
+}
+
+fn check(path: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    Tls::load(&config.tls).context("certificates")?;
+    println!("{}: valid", path.display());
+    Ok(())
+}
+
+fn run(path: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let tls = Tls::load(&config.tls).context("certificates")?;
+    check_privileges()?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        // a lone processor must not let a blocking netlink call hold up everything else
+        .worker_threads(std::thread::available_parallelism().map_or(2, std::num::NonZero::get).max(2))
+        .enable_all()
+        .build()
+        .context("starting the runtime")?;
+    let outcome = runtime.block_on(async {
+        let node = Node::open(config, tls).await?;
+        let (tell, stop) = tokio::sync::watch::channel(false);
+        let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        tokio::spawn(async move {
+            tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+            tracing::info!("ending");
+            // nobody to tell: it is ending already
+            let _ = tell.send(true);
+        });
+        server::serve(node, stop).await?;
+        anyhow::Ok(())
+    });
+    runtime.shutdown_timeout(Duration::from_secs(1));
+    outcome
+}
+
+/// Capabilities without which nothing here works (bits of linux/capability.h).
+const CAPABILITIES: [(u32, &str); 8] = [
+    (1, "CAP_DAC_OVERRIDE"),
+    (5, "CAP_KILL"),
+    (12, "CAP_NET_ADMIN"),
+    (13, "CAP_NET_RAW"),
+    (18, "CAP_SYS_CHROOT"),
+    (19, "CAP_SYS_PTRACE"),
+    (21, "CAP_SYS_ADMIN"),
+    (40, "CAP_CHECKPOINT_RESTORE"),
+];
+
+fn check_privileges() -> anyhow::Result<()> {
+    let status = std::fs::read_to_string("/proc/self/status").context("reading /proc/self/status")?;
+    let effective = status
+        .lines()
+        .find_map(|l| l.strip_prefix("CapEff:"))
+        .and_then(|v| u64::from_str_radix(v.trim(), 16).ok())
+        .context("/proc/self/status tells no capabilities")?;
+    let missing: Vec<&str> =
+        CAPABILITIES.iter().filter(|(bit, _)| effective & (1 << bit) == 0).map(|(_, name)| *name).collect();
+    if !missing.is_empty() {
+        anyhow::bail!("missing privileges: {}; run the daemon as root", missing.join(", "));
+    }
+    Ok(())
+}

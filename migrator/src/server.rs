@@ -1,0 +1,309 @@
+//! The two services, who may call them, and what a started or ending daemon does with its migrations.
+//!
+//! A call that changes anything runs in a task of its own: a caller that goes away (gRPC then drops the handler) never
+//! leaves a sequence half done.
+
+use std::{future::Future, sync::Arc, time::Duration};
+
+use handover_api::{
+    tls::{self, Role},
+    v1::{
+        AbortMigrationRequest, AbortMigrationResponse, DiscardRequest, DiscardResponse, EndRequest, EndResponse,
+        FreezeRequest, FreezeResponse, ImageChunk, MigrationStatus, MigratorStatus, MigratorStatusRequest,
+        PreflightRequest, PreflightResponse, PrepareRequest, PrepareResponse, ReceiveResponse, ReserveRequest,
+        ReserveResponse, RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, YieldRequest, YieldResponse,
+        migrator_peer_server::{MigratorPeer, MigratorPeerServer},
+        migrator_server::{Migrator, MigratorServer},
+        preflight_request,
+    },
+};
+use tokio::{net::TcpListener, sync::watch};
+use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+
+use crate::{
+    destination,
+    error::{Error, chain},
+    fence,
+    machine::{Recovery, SourceEvent, SourceState},
+    node::{Answer, Failure, Migration, Node, Service},
+    preflight,
+    record::Role as Part,
+    source,
+};
+
+/// Per stream and connection: images are streamed at memory speed, not at 64 KiB per round trip.
+const WINDOW: u32 = 8 << 20;
+
+/// Runs `work` to its end whatever happens to the caller.
+async fn detached<T: Send + 'static>(work: impl Future<Output = Answer<T>> + Send + 'static) -> Result<T, Status> {
+    match tokio::spawn(work).await {
+        Ok(answer) => answer.map_err(Status::from),
+        Err(e) => Err(Status::internal(format!("the call failed inside: {e}"))),
+    }
+}
+
+type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What the controller calls.
+struct Control(Arc<Node>);
+
+/// What other migrators call.
+struct PeerService(Arc<Node>);
+
+#[tonic::async_trait]
+impl Migrator for Control {
+    async fn status(&self, request: Request<MigratorStatusRequest>) -> Result<Response<MigratorStatus>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let migrations = self.0.all().into_iter().filter_map(|m| m.view()).map(|r| MigrationStatus {
+            role: r.role_name().into(),
+            state: r.state_name().into(),
+            pid: r.pid(),
+            service: r.service,
+            migration: r.migration,
+        });
+        Ok(Response::new(MigratorStatus {
+            name: self.0.config.name.clone(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            criu_version: self.0.criu.version.clone(),
+            kernel: std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().into(),
+            migrations: migrations.collect(),
+        }))
+    }
+
+    async fn preflight(&self, request: Request<PreflightRequest>) -> Result<Response<PreflightResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let request = request.into_inner();
+        let role = request.role();
+        let service = Service::parse(request.service)?;
+        let node = &self.0;
+        let response = match role {
+            preflight_request::Role::Source => {
+                let report = preflight::source(
+                    node,
+                    &request.migration,
+                    &service,
+                    request.destination.as_ref(),
+                    &request.user_addresses,
+                    request.allow_other_peers,
+                )
+                .await;
+                PreflightResponse { findings: report.findings, facts: report.process.map(|(_, facts, _)| facts) }
+            }
+            preflight_request::Role::Destination => {
+                let facts = request.facts.ok_or_else(|| {
+                    Status::invalid_argument("a destination is asked with the facts from the source's answer")
+                })?;
+                let findings = preflight::destination(node, &request.migration, &service, &facts).await;
+                PreflightResponse { findings, facts: None }
+            }
+            preflight_request::Role::Unspecified => {
+                return Err(Status::invalid_argument("role: say whether this is the source or the destination"));
+            }
+        };
+        Ok(Response::new(response))
+    }
+
+    async fn prepare(&self, request: Request<PrepareRequest>) -> Result<Response<PrepareResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        detached(async move { source::prepare(&node, request).await }).await.map(Response::new)
+    }
+
+    async fn freeze(&self, request: Request<FreezeRequest>) -> Result<Response<FreezeResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        detached(async move { source::freeze(&node, &request.migration, request.yield_with_vote).await })
+            .await
+            .map(Response::new)
+    }
+
+    async fn r#yield(&self, request: Request<YieldRequest>) -> Result<Response<YieldResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        detached(async move { source::yield_right(&node, &request.migration).await }).await?;
+        Ok(Response::new(YieldResponse {}))
+    }
+
+    async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        let (pid, steps) = detached(async move { destination::resume(&node, &request.migration).await }).await?;
+        Ok(Response::new(ResumeResponse { pid, steps: steps.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn end(&self, request: Request<EndRequest>) -> Result<Response<EndResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        let steps = detached(async move { source::end(&node, &request.migration).await }).await?;
+        Ok(Response::new(EndResponse { steps: steps.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn abort(
+        &self,
+        request: Request<AbortMigrationRequest>,
+    ) -> Result<Response<AbortMigrationResponse>, Status> {
+        tls::require_role(&request, &[Role::Controller])?;
+        let (node, id) = (self.0.clone(), request.into_inner().migration);
+        let alive = detached(async move { abort(&node, &id).await }).await?;
+        Ok(Response::new(AbortMigrationResponse { alive }))
+    }
+}
+
+#[tonic::async_trait]
+impl MigratorPeer for PeerService {
+    async fn reserve(&self, request: Request<ReserveRequest>) -> Result<Response<ReserveResponse>, Status> {
+        tls::require_role(&request, &[Role::Migrator])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        detached(async move { destination::reserve(&node, request).await }).await?;
+        Ok(Response::new(ReserveResponse { name: self.0.config.name.clone() }))
+    }
+
+    async fn receive(&self, request: Request<Streaming<ImageChunk>>) -> Result<Response<ReceiveResponse>, Status> {
+        tls::require_role(&request, &[Role::Migrator])?;
+        let (node, stream) = (self.0.clone(), request.into_inner());
+        let volume = detached(async move { destination::receive(&node, stream).await }).await?;
+        Ok(Response::new(ReceiveResponse { bytes: volume.bytes, files: volume.files }))
+    }
+
+    async fn restore(&self, request: Request<RestoreRequest>) -> Result<Response<RestoreResponse>, Status> {
+        tls::require_role(&request, &[Role::Migrator])?;
+        let (node, request) = (self.0.clone(), request.into_inner());
+        let (pid, steps) = detached(async move { destination::restore(&node, request).await }).await?;
+        Ok(Response::new(RestoreResponse { pid, steps: steps.into_iter().map(Into::into).collect() }))
+    }
+
+    async fn discard(&self, request: Request<DiscardRequest>) -> Result<Response<DiscardResponse>, Status> {
+        tls::require_role(&request, &[Role::Migrator])?;
+        let (node, id) = (self.0.clone(), request.into_inner().migration);
+        detached(async move {
+            match node.get(&id) {
+                Some(migration) => match migration.view().map(|r| r.role) {
+                    Some(Part::Source(_)) => Err(Failure::refused(format!("migration {id} has its source here"))),
+                    _ => destination_abort(&node, &migration).await,
+                },
+                None => Ok(()),
+            }
+        })
+        .await?;
+        Ok(Response::new(DiscardResponse {}))
+    }
+}
+
+/// Waits for whoever makes the migration become something, then discards it.
+async fn destination_abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answer<()> {
+    match destination::abort(node, migration).await {
+        // nothing was reserved after all
+        Err(f) if f.code == Code::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+/// ABORT on whichever side this is. Of a migration that is not known nothing is to be undone, and whether an original
+/// runs is not known here: `false`.
+async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
+    let Some(migration) = node.get(id) else { return Ok(false) };
+    match migration.view().map(|r| r.role) {
+        Some(Part::Source(_)) => source::abort(node, &migration).await,
+        Some(Part::Destination(_)) => destination_abort(node, &migration).await.map(|()| false),
+        None => Ok(false),
+    }
+}
+
+/// What a started daemon does with the records it finds, before it serves. Source not yielded: undone at once. Yielded,
+/// or a copy that was voted for: held until told. Decided: finished.
+///
+/// # Errors
+/// None: what could not be done is logged, stays in its record, and is gone on with when the controller calls.
+pub async fn recover(node: &Arc<Node>) {
+    for migration in node.all() {
+        let Some(record) = migration.view() else { continue };
+        let (state, role) = (record.state_name(), record.role_name());
+        let outcome = match (record.recovery(), &record.role) {
+            (Recovery::Nothing, _) => {
+                // the fence of a finished migration: the daemon died between lifting and noting
+                fence::lift(&migration.id).map_err(Failure::from)
+            }
+            (Recovery::Wait, _) => {
+                tracing::warn!(migration = migration.id, role, state, "held until the controller tells");
+                Ok(())
+            }
+            (Recovery::Undo, Part::Source(_)) => {
+                let mut live = migration.lock().await;
+                source::undo(node, &migration, &mut live, SourceEvent::AbortAlone).await.map(|_| ())
+            }
+            (Recovery::Undo, Part::Destination(_)) => {
+                let mut live = migration.lock().await;
+                destination::discard(node, &migration, &mut live).await
+            }
+            (Recovery::Finish, Part::Source(_)) => source::end(node, &migration.id).await.map(|_| ()),
+            (Recovery::Finish, Part::Destination(_)) => destination::resume(node, &migration.id).await.map(|_| ()),
+        };
+        match outcome {
+            Ok(()) if record.recovery() != Recovery::Nothing => {
+                tracing::info!(migration = migration.id, role, found = state, "recovered");
+            }
+            Ok(()) => {}
+            Err(f) => tracing::error!(migration = migration.id, role, found = state, error = f.message, "recovering"),
+        }
+    }
+}
+
+/// Sources that have not yielded go back before the daemon ends: nobody would hear their lease end.
+async fn wind_up(node: &Arc<Node>) {
+    for migration in node.all() {
+        let undone = match migration.view().map(|r| r.role) {
+            Some(Part::Source(s)) if s.state.recovery() == Recovery::Undo && s.state != SourceState::Aborting => {
+                let mut live = migration.interrupt().await;
+                source::undo(node, &migration, &mut live, SourceEvent::AbortAlone).await.map(|_| ())
+            }
+            _ => Ok(()),
+        };
+        if let Err(f) = undone {
+            tracing::warn!(migration = migration.id, error = f.message, "winding up");
+        }
+    }
+}
+
+/// Serves until `stop` turns true, then winds up.
+///
+/// # Errors
+/// A listening address cannot be had, or the TLS files are unusable.
+pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<()> {
+    let listen = |address: std::net::SocketAddr| async move {
+        TcpListener::bind(address).await.map_err(Error::io("listening on", address))
+    };
+    let control = listen(node.config.listen).await?;
+    let peers = listen(node.config.migration_listen).await?;
+    let builder = || {
+        Server::builder()
+            .tls_config(node.tls.server())
+            .map(|s| {
+                s.tcp_nodelay(true)
+                    .initial_stream_window_size(WINDOW)
+                    .initial_connection_window_size(WINDOW)
+                    .http2_keepalive_interval(Some(Duration::from_secs(1)))
+                    .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+            })
+            .map_err(|e| Error::other(chain(&e)))
+    };
+    let (control_service, peer_service) =
+        (MigratorServer::new(Control(node.clone())), MigratorPeerServer::new(PeerService(node.clone())));
+    let incoming = tokio_stream::wrappers::TcpListenerStream::new;
+    let control = builder()?.add_service(control_service).serve_with_incoming(incoming(control));
+    let peers = builder()?.add_service(peer_service).serve_with_incoming(incoming(peers));
+    recover(&node).await;
+    tracing::info!(
+        name = node.config.name,
+        listen = %node.config.listen,
+        migration_listen = %node.config.migration_listen,
+        criu = node.criu.version,
+        "ready"
+    );
+    tokio::select! {
+        served = async { tokio::try_join!(control, peers) } =>
+            served.map(|_| ()).map_err(|e| Error::other(format!("serving: {}", chain(&e))))?,
+        _ = stop.wait_for(|s| *s) => {}
+    }
+    wind_up(&node).await;
+    Ok(())
+}

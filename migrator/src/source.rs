@@ -1,0 +1,690 @@
+//! The server a service comes from.
+//!
+//! ```text
+//! prepare: preflight, Reserve at the destination, a cgroup of its own, criu swrk
+//! freeze:  SYN fence, drain -> fence -> dump, freezer -> images -> Restore at the destination -> v leaves -> VOTE
+//! yield:   the right to go back alone is given up
+//! end:     original ended, sockets destroyed -> fence off -> blackhole off        (COMMIT)
+//! undo:    v back -> CRIU lets go -> fence off -> thawed -> own cgroup again      (ABORT, lease, failure, restart)
+//! ```
+//!
+//! Invariants:
+//! - between `post-dump` and the decision the tasks are held by the freezer, not by CRIU, which fails open;
+//! - v and the blackhole route change only under the fence; the fence is never lifted while v is here and the tasks
+//!   cannot answer, except to let them go on;
+//! - after *yield* this side does nothing by itself, also not after a restart;
+//! - undo and end do every step even if one before it failed, tell all errors, and go on where they were when repeated.
+//!
+//! Undo lifts the fence before the tasks run, so they never see a send refused by it.
+
+use std::{
+    collections::HashSet,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use handover_api::{
+    tls::Role as TlsRole,
+    v1::{
+        DiscardRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest, RestoreRequest, Server,
+        ServiceSpec, migrator_peer_client::MigratorPeerClient,
+    },
+};
+use nix::sys::signal::Signal;
+use tonic::Code;
+
+use crate::{
+    criu::{self, Event, Swrk},
+    error::{Error, Errors, Result, chain},
+    fence::{self, Strength},
+    freezer,
+    machine::{Next, SourceEvent, SourceState},
+    node::{Answer, Clock, Failure, Live, Migration, Node, Service, fresh_dir},
+    preflight,
+    process::{self, Identity},
+    record::{Record, Role, Source, Vote},
+    sockets, transfer,
+};
+
+/// Longest wait for handshakes, accept queues and closing connections to drain under the SYN fence. A handshake takes a
+/// round trip; what is not done by then is reported, or fails the dump.
+const DRAIN: Duration = Duration::from_millis(250);
+
+/// How often the queues are looked at meanwhile: the kernel offers no event for "accepted".
+const DRAIN_LOOK: Duration = Duration::from_millis(2);
+
+/// Longest wait for CRIU to end or let go of the tasks.
+const CRIU_PATIENCE: Duration = Duration::from_secs(20);
+
+/// Longest wait for a parent to reap what has been ended.
+const REAP_PATIENCE: Duration = Duration::from_secs(3);
+
+/// How long the destination is tried to be told of an abort (the controller tells it too).
+const DISCARD_TRIES: u32 = 5;
+
+fn part(live: &Live) -> Option<(&Record, &Source)> {
+    match &live.record {
+        Some(record @ Record { role: Role::Source(source), .. }) => Some((record, source)),
+        _ => None,
+    }
+}
+
+fn unknown(id: &str) -> Failure {
+    Failure::new(Code::NotFound, format!("migration {id} has no source here"))
+}
+
+/// Makes a change of this side's part durable.
+fn change(node: &Node, migration: &Migration, live: &mut Live, edit: impl FnOnce(&mut Source)) -> Result<()> {
+    let mut record = live.record.clone().ok_or_else(|| Error::other("there is no record to change"))?;
+    let Role::Source(source) = &mut record.role else {
+        return Err(Error::other(format!("migration {} has no source here", migration.id)));
+    };
+    edit(source);
+    node.commit(migration, live, record)
+}
+
+/// Asks the machine, and makes the next state durable.
+fn advance(node: &Node, migration: &Migration, live: &mut Live, event: SourceEvent) -> Answer<Next<SourceState>> {
+    let (_, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let next = source.state.on(event);
+    match next {
+        Next::Go(state) => change(node, migration, live, |s| s.state = state)?,
+        Next::Already => {}
+        Next::Refuse(why) => {
+            return Err(Failure::refused(format!("migration {} is {}: {why}", migration.id, source.state.name())));
+        }
+    }
+    Ok(next)
+}
+
+/// Step 4.
+///
+/// # Errors
+/// Findings of preflight here or at the destination (FAILED_PRECONDITION); everything is undone.
+pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<PrepareResponse> {
+    let service = Service::parse(request.service.clone())?;
+    let server = request.destination.clone().ok_or_else(|| Failure::invalid("the request names no destination"))?;
+    let migration = node.entry(&request.migration)?;
+    let mut live = migration.lock().await;
+    if let Some(record) = &live.record {
+        return match (part(&live).map(|(_, s)| s.state), &live.facts) {
+            (Some(SourceState::Prepared), Some(facts)) => Ok(PrepareResponse { facts: Some(facts.clone()) }),
+            _ => Err(Failure::refused(format!(
+                "migration {} is {} ({}) here already",
+                migration.id,
+                record.state_name(),
+                record.role_name()
+            ))),
+        };
+    }
+    let report = preflight::source(
+        node,
+        &migration.id,
+        &service,
+        None,
+        &request.user_addresses,
+        request.allow_other_peers,
+    )
+    .await;
+    let found = match (preflight::errors(&report.findings), report.process) {
+        (None, Some(process)) => process,
+        (errors, _) => {
+            drop(live);
+            node.forget(&request.migration);
+            return Err(Failure::refused(format!("prepare: {}", errors.unwrap_or_default())));
+        }
+    };
+    let (identity, facts, needs) = found;
+    let source = Source {
+        state: SourceState::Prepared,
+        pid: identity.pid,
+        start_time: identity.start_time,
+        touched: false,
+        placement: None,
+        peer: server.name.clone(),
+        peer_endpoint: server.migration_endpoint.clone(),
+        vote: None,
+    };
+    let record = Record::new(
+        &migration.id,
+        &service.name,
+        service.address,
+        &node.config.interface,
+        Role::Source(source),
+    );
+    node.commit(&migration, &mut live, record)?;
+    live.facts = Some(facts.clone());
+    live.needs = needs;
+    match make_ready(node, &migration, &mut live, request.service, &server).await {
+        Ok(()) => Ok(PrepareResponse { facts: Some(facts) }),
+        Err(failure) => Err(undo_after(node, &migration, &mut live, failure).await),
+    }
+}
+
+async fn make_ready(
+    node: &Arc<Node>,
+    migration: &Arc<Migration>,
+    live: &mut Live,
+    service: Option<ServiceSpec>,
+    server: &Server,
+) -> Answer<()> {
+    let mut peer = connect(node, &server.name, &server.migration_endpoint).await?;
+    let facts = live.facts.clone();
+    let reserve = ReserveRequest { migration: migration.id.clone(), service, facts };
+    peer.reserve(reserve).await.map_err(|s| at_peer("prepare", &server.name, &s))?;
+    live.peer = Some(peer);
+
+    let failed = |e: Error| Failure::at("prepare", &e);
+    let hierarchy = node.hierarchy().map_err(failed)?;
+    let (_, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let pid = source.pid;
+    let placement = hierarchy.plan(pid, &migration.id).map_err(failed)?;
+    change(node, migration, live, |s| s.placement = Some(placement.clone()))?;
+    hierarchy.settle(pid, &placement).map_err(failed)?;
+
+    let images = node.images(&migration.id);
+    fresh_dir(&images).map_err(failed)?;
+    let cgroup = hierarchy.criu_dir(&migration.id);
+    freezer::make(&cgroup).map_err(failed)?;
+    live.swrk = Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await.map_err(failed)?);
+    Ok(())
+}
+
+type Peer = MigratorPeerClient<tonic::transport::Channel>;
+
+async fn connect(node: &Node, name: &str, endpoint: &str) -> Answer<Peer> {
+    let channel = node.tls.connect(TlsRole::Migrator, name, endpoint).await;
+    channel.map(MigratorPeerClient::new).map_err(|e| Failure::new(Code::Unavailable, format!("prepare: {}", chain(&e))))
+}
+
+/// A call to the destination failed: there (its words), or on the way.
+fn at_peer(step: &str, peer: &str, status: &tonic::Status) -> Failure {
+    let code = match status.code() {
+        Code::FailedPrecondition => Code::FailedPrecondition,
+        Code::Unavailable | Code::Unknown | Code::DeadlineExceeded | Code::Cancelled => Code::Unavailable,
+        _ => Code::Aborted,
+    };
+    let unreachable = if code == Code::Unavailable { " cannot be reached" } else { "" };
+    Failure::new(code, format!("{step}: migrator {peer}{unreachable}: {}", status.message()))
+}
+
+/// Steps 6 to 8 and the vote.
+///
+/// # Errors
+/// The step and the reason; everything is undone and the service runs on here.
+pub async fn freeze(node: &Arc<Node>, id: &str, yield_with_vote: bool) -> Answer<FreezeResponse> {
+    let mut clock = Clock::start();
+    let migration = node.get(id).ok_or_else(|| unknown(id))?;
+    let mut live = migration.lock().await;
+    if advance(node, &migration, &mut live, SourceEvent::Freeze)? == Next::Already {
+        return answer(&live);
+    }
+    let worked = match change(node, &migration, &mut live, |s| s.touched = true) {
+        Ok(()) => freeze_steps(node, &migration, &mut live, &mut clock).await,
+        Err(e) => Err(e.into()),
+    };
+    let voted = worked.and_then(|(image_bytes, losses)| {
+        let connections = live.facts.as_ref().map_or(0, |f| f.established);
+        let vote = Vote { steps: clock.finish(), image_bytes, connections, losses };
+        let event = if yield_with_vote { SourceEvent::VoteYielded } else { SourceEvent::Vote };
+        let (_, source) = part(&live).ok_or_else(|| unknown(id))?;
+        match source.state.on(event) {
+            Next::Go(state) => Ok(change(node, &migration, &mut live, |s| {
+                s.vote = Some(vote);
+                s.state = state;
+            })?),
+            _ => Err(Failure::refused(format!("migration {id} is {}", source.state.name()))),
+        }
+    });
+    if let Err(failure) = voted {
+        return Err(undo_after(node, &migration, &mut live, failure).await);
+    }
+    if !yield_with_vote {
+        let exited = live.swrk.as_ref().map(Swrk::exited);
+        tokio::spawn(lease(node.clone(), migration.clone(), exited));
+    }
+    answer(&live)
+}
+
+fn answer(live: &Live) -> Answer<FreezeResponse> {
+    let vote = part(live).and_then(|(_, s)| Some((s.pid, s.vote.clone()?)));
+    let (pid, vote) = vote.ok_or_else(|| Failure::new(Code::Internal, "a vote without its record"))?;
+    Ok(FreezeResponse {
+        steps: vote.steps.into_iter().map(Into::into).collect(),
+        pid,
+        image_bytes: vote.image_bytes,
+        connections: vote.connections,
+        losses: vote.losses,
+    })
+}
+
+/// A source that has voted goes back alone when it hears nothing, or when CRIU dies (which leaves the sockets in repair
+/// mode: better undone at once than found later).
+async fn lease(node: Arc<Node>, migration: Arc<Migration>, exited: Option<tokio::sync::watch::Receiver<bool>>) {
+    let died = async {
+        match exited {
+            Some(mut exited) => {
+                // an error means that nobody watches it any more, which is as good as dead
+                let _ = exited.wait_for(|gone| *gone).await;
+            }
+            None => std::future::pending().await,
+        }
+    };
+    let why = tokio::select! {
+        () = tokio::time::sleep(node.config.vote_lease()) =>
+            format!("no yield within {} s of the vote", node.config.vote_lease_seconds),
+        () = died => "criu swrk died while it kept the process".to_owned(),
+    };
+    let mut live = migration.lock().await;
+    if part(&live).is_some_and(|(_, s)| s.state == SourceState::Voted) {
+        tracing::warn!(migration = migration.id, "{why}: the service goes on here");
+        if let Err(e) = undo(&node, &migration, &mut live, SourceEvent::AbortAlone).await {
+            tracing::error!(migration = migration.id, error = e.message, "undoing");
+        }
+    }
+}
+
+async fn freeze_steps(
+    node: &Arc<Node>,
+    migration: &Arc<Migration>,
+    live: &mut Live,
+    clock: &mut Clock,
+) -> Answer<(u64, Vec<String>)> {
+    let losses = dump(node, migration, live, clock).await?;
+    let limit = node.config.freeze_limit();
+    let exited = live.swrk.as_ref().map(Swrk::exited);
+    let died = async {
+        match exited {
+            Some(mut e) => {
+                let _ = e.wait_for(|gone| *gone).await;
+            }
+            None => std::future::pending().await,
+        }
+    };
+    let work = move_over(node, migration, live, clock);
+    // none of the steps after the dump leaves anything half done that undo would not find
+    let bytes = tokio::select! {
+        done = work => done?,
+        () = migration.cancelled() => return Err(Failure::new(Code::Aborted, "freeze: the controller aborted")),
+        () = died => {
+            return Err(Failure::new(Code::Aborted, "freeze: criu swrk died while the process was frozen"));
+        }
+        () = tokio::time::sleep(limit) => {
+            let words = format!("freeze: not done within freeze_limit_seconds = {}", limit.as_secs());
+            return Err(Failure::new(Code::Aborted, words));
+        }
+    };
+    Ok((bytes, losses))
+}
+
+/// Fence and dump. Ends with the tasks held by the freezer and CRIU waiting at `post-dump`. Is never interrupted: CRIU
+/// killed with its parasite inside a task would ruin the task.
+async fn dump(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    clock: &mut Clock,
+) -> Answer<Vec<String>> {
+    let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let (v, pid) = (record.address, source.pid);
+    let identity = Identity { pid, start_time: source.start_time };
+    let placement = source.placement.clone().ok_or_else(|| Failure::refused("dump: the process has no cgroup"))?;
+    if !identity.alive() {
+        return Err(Failure::new(Code::Aborted, format!("dump: pid {pid} has ended")));
+    }
+    let (images, needs) = (node.images(&migration.id), live.needs);
+    let failed = |e: Error| Failure::at("dump", &e);
+    let died = |e: Error| {
+        let reason = node.criu_failure(&migration.id, criu::DUMP_LOG);
+        Failure::new(Code::Aborted, format!("dump: {}: {reason}", chain(&e)))
+    };
+    let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("dump: criu swrk is not running"))?;
+    swrk.dump(pid, &images, needs).await.map_err(died)?;
+    let mut losses = Vec::new();
+    let mut dump_started = Instant::now();
+    loop {
+        match swrk.event().await.map_err(died)? {
+            Event::Notify(point) if point == "pre-dump" => {
+                let fenced = clock.step("fence", fence_off(&migration.id, v, &placement.dir)).await;
+                match fenced {
+                    Ok(lost) => losses = lost,
+                    Err(e) => {
+                        // CRIU has not touched the tasks yet, and now will not
+                        swrk.answer(false).await.map_err(failed)?;
+                        swrk.finish(false, CRIU_PATIENCE).await.map_err(failed)?;
+                        return Err(Failure::at("fence", &e));
+                    }
+                }
+                dump_started = Instant::now();
+                swrk.answer(true).await.map_err(failed)?;
+            }
+            Event::Notify(point) if point == "post-dump" => {
+                live.held = true;
+                freezer::freeze(&placement.dir).await.map_err(failed)?;
+                clock.note("dump", dump_started);
+                return Ok(losses);
+            }
+            Event::Notify(_) => swrk.answer(true).await.map_err(failed)?,
+            Event::Final { .. } => {
+                let reason = node.criu_failure(&migration.id, criu::DUMP_LOG);
+                return Err(Failure::new(Code::Aborted, format!("dump: CRIU: {reason}")));
+            }
+        }
+    }
+}
+
+/// New connections out, then a bounded wait for what is under way, then everything out. Returns what will be lost.
+async fn fence_off(migration: &str, v: std::net::Ipv4Addr, tree_dir: &std::path::Path) -> Result<Vec<String>> {
+    fence::set(migration, v, Strength::NewConnections)?;
+    let tree = freezer::procs(tree_dir)?;
+    let owned = process::holdings(&tree)?.sockets;
+    let deadline = Instant::now() + DRAIN;
+    let left = loop {
+        let left = in_transit(v, &owned)?;
+        if left.is_empty() || Instant::now() >= deadline {
+            break left;
+        }
+        tokio::time::sleep(DRAIN_LOOK).await;
+    };
+    fence::set(migration, v, Strength::All)?;
+    let (queues, mut losses) = (left.queues, left.closing);
+    if let Some((port, waiting)) = queues.first() {
+        return Err(Error::other(format!(
+            "{waiting} connections to port {port} wait to be accepted and the service does not accept them within {} \
+             ms; CRIU cannot take them along",
+            DRAIN.as_millis()
+        )));
+    }
+    for socket in sockets::udp()?.iter().filter(|s| owned.contains(&s.inode) && s.recv_queue > 0) {
+        losses.push(format!("UDP port {}: {} bytes received but not read", socket.local.1, socket.recv_queue));
+    }
+    Ok(losses)
+}
+
+/// What drains under the SYN fence.
+struct InTransit {
+    /// Listening port, connections waiting to be accepted.
+    queues: Vec<(u16, u32)>,
+    /// Handshakes and closing connections on v, in words.
+    closing: Vec<String>,
+}
+
+impl InTransit {
+    fn is_empty(&self) -> bool {
+        self.queues.is_empty() && self.closing.is_empty()
+    }
+}
+
+fn in_transit(v: std::net::Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> {
+    let tcp = sockets::tcp()?;
+    let queues = tcp.iter().filter(|s| s.listens() && owned.contains(&s.inode) && s.recv_queue > 0);
+    let closing = tcp.iter().filter(|s| s.local.0 == IpAddr::V4(v) && s.in_transit());
+    Ok(InTransit {
+        queues: queues.map(|s| (s.local.1, s.recv_queue)).collect(),
+        closing: closing
+            .map(|s| format!("connection {}:{} was opening or closing and is not taken along", s.peer.0, s.peer.1))
+            .collect(),
+    })
+}
+
+/// Images, restore at the destination, v. Everything under the fence.
+async fn move_over(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    clock: &mut Clock,
+) -> Answer<u64> {
+    let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let (v, peer_name) = (record.address, source.peer.clone());
+    let peer = live.peer.as_mut().ok_or_else(|| Failure::refused("copy: there is no connection to the destination"))?;
+
+    let volume = clock
+        .step("copy", async {
+            let (chunks, reading) = transfer::send(migration.id.clone(), node.images(&migration.id));
+            let received = peer.receive(tokio_stream::wrappers::ReceiverStream::new(chunks)).await;
+            let sent = reading.await.map_err(|e| Failure::new(Code::Internal, format!("copy: {e}")))?;
+            let received = received.map_err(|s| at_peer("copy", &peer_name, &s))?.into_inner();
+            let sent = sent.map_err(|e| Failure::at("copy", &e))?;
+            if (received.bytes, received.files) != (sent.bytes, sent.files) {
+                return Err(Failure::new(
+                    Code::Aborted,
+                    format!(
+                        "copy: {} bytes in {} files were sent, {} in {} arrived",
+                        sent.bytes, sent.files, received.bytes, received.files
+                    ),
+                ));
+            }
+            Ok(sent)
+        })
+        .await?;
+    let restore = RestoreRequest {
+        migration: migration.id.clone(),
+        image_bytes: volume.bytes,
+        image_files: volume.files,
+    };
+    clock
+        .step("restore", async { peer.restore(restore).await.map_err(|s| at_peer("restore", &peer_name, &s)) })
+        .await?;
+    clock
+        .step("address", async {
+            node.addresses.blackhole(v).await?;
+            node.addresses.remove(v).await
+        })
+        .await
+        .map_err(|e| Failure::at("address", &e))?;
+    Ok(volume.bytes)
+}
+
+/// Step 12.
+///
+/// # Errors
+/// FAILED_PRECONDITION if this side has gone back, or not voted.
+pub async fn yield_right(node: &Node, id: &str) -> Answer<()> {
+    let migration = node.get(id).ok_or_else(|| unknown(id))?;
+    let mut live = migration.lock().await;
+    advance(node, &migration, &mut live, SourceEvent::Yield).map(|_| ())
+}
+
+/// Step 15. COMMIT: ends the original and everything of it here.
+///
+/// # Errors
+/// FAILED_PRECONDITION before *yield*; INTERNAL tells what could not be done, and a repeated call goes on.
+pub async fn end(node: &Node, id: &str) -> Answer<Vec<crate::record::Timing>> {
+    let mut clock = Clock::start();
+    let migration = node.get(id).ok_or_else(|| unknown(id))?;
+    let mut live = migration.lock().await;
+    if advance(node, &migration, &mut live, SourceEvent::End)? == Next::Already {
+        return Ok(clock.finish());
+    }
+    let (record, source) = part(&live).ok_or_else(|| unknown(id))?;
+    let (v, placement, pid) = (record.address, source.placement.clone(), source.pid);
+    let mut errors = Errors::default();
+    clock
+        .step("end", async {
+            let dir = placement.as_ref().map(|p| &p.dir);
+            let mut processes = Vec::new();
+            if let Some(dir) = dir {
+                for pid in errors.keep(freezer::procs(dir)).unwrap_or_default() {
+                    // one that cannot be opened has gone
+                    processes.extend(process::pidfd(pid).ok().map(|fd| (pid, fd)));
+                }
+            }
+            if let Some(mut swrk) = live.swrk.take() {
+                let ended = async {
+                    if live.held {
+                        swrk.answer(true).await?;
+                        swrk.finish(true, CRIU_PATIENCE).await?;
+                    }
+                    Ok::<_, Error>(())
+                };
+                if let Err(e) = ended.await {
+                    tracing::warn!(migration = id, error = chain(&e), "CRIU did not end the process; the cgroup does");
+                }
+                live.held = false;
+                swrk.wait_exit(CRIU_PATIENCE).await;
+            }
+            if let Some(dir) = dir {
+                // with CRIU's "ok" nobody is left; without CRIU the sockets are in repair mode or fenced: silent too
+                errors.keep(freezer::kill(dir).await);
+            }
+            let left = errors.keep(process::wait_gone(processes, REAP_PATIENCE).await).unwrap_or_default();
+            if !left.is_empty() {
+                tracing::warn!(migration = id, pids = ?left, "ended, but not reaped by their parent: the pids stay taken");
+            }
+            errors.keep(sockets::destroy(v));
+        })
+        .await;
+    clock
+        .step("unfence", async {
+            errors.keep(fence::lift(id));
+            errors.keep(node.addresses.remove_blackhole(v).await);
+        })
+        .await;
+    if let Some(placement) = &placement {
+        errors.keep(freezer::thaw(&placement.dir).await);
+        if placement.own {
+            errors.keep(freezer::remove(&placement.dir));
+        }
+    }
+    errors.keep(tidy(node, id).await);
+    errors.finish(&format!("ending pid {pid}"))?;
+    advance(node, &migration, &mut live, SourceEvent::Done)?;
+    *live = Live { record: live.record.take(), ..Live::default() };
+    drop(live);
+    node.prune();
+    Ok(clock.finish())
+}
+
+/// What every end of a migration leaves behind at the source: CRIU's cgroup, the images.
+async fn tidy(node: &Node, id: &str) -> Result<()> {
+    let mut errors = Errors::default();
+    if let Some(hierarchy) = errors.keep(node.hierarchy()) {
+        let criu = hierarchy.criu_dir(id);
+        errors.keep(freezer::kill(&criu).await);
+        errors.keep(freezer::remove(&criu));
+        hierarchy.tidy();
+    }
+    errors.keep(node.drop_images(id));
+    errors.finish("clearing away")
+}
+
+/// ABORT by the controller. Says whether the original runs.
+///
+/// # Errors
+/// FAILED_PRECONDITION after COMMIT; INTERNAL tells what could not be undone, and a repeated call goes on.
+pub async fn abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answer<bool> {
+    let mut live = migration.interrupt().await;
+    undo(node, migration, &mut live, SourceEvent::Abort).await
+}
+
+/// Undoes after `failure`, and gives it back with what could not be undone.
+async fn undo_after(node: &Arc<Node>, migration: &Arc<Migration>, live: &mut Live, failure: Failure) -> Failure {
+    tracing::warn!(migration = migration.id, reason = failure.message, "undoing");
+    match undo(node, migration, live, SourceEvent::AbortAlone).await {
+        Ok(_) => failure,
+        Err(e) => Failure::new(failure.code, format!("{}; and {}", failure.message, e.message)),
+    }
+}
+
+/// Everything back as it was. Also what a restarted daemon does with a source that has not yielded.
+pub async fn undo(
+    node: &Arc<Node>,
+    migration: &Arc<Migration>,
+    live: &mut Live,
+    event: SourceEvent,
+) -> Answer<bool> {
+    let next = advance(node, migration, live, event)?;
+    let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let (record, source) = (record.clone(), source.clone());
+    let identity = Identity { pid: source.pid, start_time: source.start_time };
+    if next == Next::Already {
+        return Ok(identity.alive());
+    }
+    let mut errors = Errors::default();
+    if source.touched {
+        errors.keep(node.addresses.add(&record.interface, record.address).await);
+        errors.keep(node.addresses.remove_blackhole(record.address).await);
+    }
+    let clean = let_go(node, &migration.id, live).await;
+    if let Some(placement) = &source.placement {
+        let tree = errors.keep(freezer::procs(&placement.dir)).unwrap_or_default();
+        if source.touched {
+            if !clean && let Some(sockets) = errors.keep(sockets::leave_repair(&tree)) {
+                tracing::info!(migration = migration.id, sockets, "taken out of repair mode");
+            }
+            errors.keep(fence::lift(&migration.id));
+            errors.keep(freezer::thaw(&placement.dir).await);
+            if !clean {
+                for pid in tree {
+                    if process::stat(pid).is_ok_and(|s| s.state == 'T') {
+                        errors.keep(process::signal(pid, Signal::SIGCONT));
+                    }
+                }
+            }
+        }
+        if let Some(hierarchy) = errors.keep(node.hierarchy()) {
+            errors.keep(hierarchy.put_back(placement));
+        }
+    } else if source.touched {
+        errors.keep(fence::lift(&migration.id));
+    }
+    errors.keep(tidy(node, &migration.id).await);
+    // the original is alive; now, and without keeping anybody waiting, the destination
+    tokio::spawn(discard(node.clone(), migration.id.clone(), live.peer.take(), source));
+    errors.finish("undoing")?;
+    advance(node, migration, live, SourceEvent::Done)?;
+    *live = Live { record: live.record.take(), ..Live::default() };
+    node.prune();
+    Ok(identity.alive())
+}
+
+/// Makes CRIU let go of the tasks. Says whether it did so itself, leaving nothing in repair mode.
+async fn let_go(node: &Node, id: &str, live: &mut Live) -> bool {
+    let held = std::mem::take(&mut live.held);
+    if let Some(mut swrk) = live.swrk.take() {
+        let mut clean = true;
+        if held {
+            let thawed = async {
+                swrk.answer(false).await?;
+                swrk.finish(false, CRIU_PATIENCE).await
+            };
+            // the final response reports the failure that we asked for
+            if let Err(e) = thawed.await {
+                tracing::warn!(migration = id, error = chain(&e), "CRIU did not let go by itself");
+                clean = false;
+            }
+        }
+        // dropping the socket ends one that has not been asked anything
+        let mut exited = swrk.exited();
+        drop(swrk);
+        let gone = tokio::time::timeout(CRIU_PATIENCE, exited.wait_for(|gone| *gone)).await.is_ok();
+        return clean && gone;
+    }
+    // of an earlier life of this daemon: it found its socket closed, and lets go now or has done so
+    if let Ok(hierarchy) = node.hierarchy()
+        && let Err(e) = freezer::wait_empty(&hierarchy.criu_dir(id), CRIU_PATIENCE).await
+    {
+        tracing::warn!(migration = id, error = chain(&e), "criu swrk of an earlier life does not end");
+    }
+    false
+}
+
+async fn discard(node: Arc<Node>, id: String, peer: Option<Peer>, source: Source) {
+    let mut peer = peer;
+    for attempt in 1..=DISCARD_TRIES {
+        let client = match peer.take() {
+            Some(client) => Ok(client),
+            None => connect(&node, &source.peer, &source.peer_endpoint).await,
+        };
+        let told = match client {
+            Ok(mut client) => client.discard(DiscardRequest { migration: id.clone() }).await.map_err(|s| s.message().to_owned()),
+            Err(e) => Err(e.message),
+        };
+        match told {
+            Ok(_) => return,
+            Err(error) => tracing::warn!(migration = id, peer = source.peer, attempt, error, "telling the destination"),
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}

@@ -151,8 +151,7 @@ impl Call {
     }
 
     async fn freeze(&self, migration: String, sent_us: u64) -> Event {
-        let request =
-            v1::FreezeRequest { migration, yield_with_vote: self.plan.policy == Policy::Disaster };
+        let request = v1::FreezeRequest { migration, yield_with_vote: self.plan.policy == Policy::Disaster };
         let deadline = FREEZE + Duration::from_secs(self.memory_bytes / FREEZE_RATE);
         let answer = self.before(deadline, ASK_AGAIN, || {
             let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
@@ -197,7 +196,8 @@ impl Call {
                 told = true;
                 tracing::warn!(session = %migration, command = ?self.command, reason, "not confirmed yet, retried");
                 if let Some(participant) = self.command.confirmed_by() {
-                    let _ = self.events.send((self.command.clone(), Event::Unconfirmed { participant, reason }));
+                    let _ =
+                        self.events.send((self.command.clone(), Event::Unconfirmed { participant, reason }));
                 }
             }
             sleep(backoff).await;
@@ -229,7 +229,8 @@ impl Call {
                         false
                     }
                     Participant::Source | Participant::Destination => {
-                        let side = if *participant == Participant::Source { &self.plan.from } else { &self.plan.to };
+                        let side =
+                            if *participant == Participant::Source { &self.plan.from } else { &self.plan.to };
                         let request = with_deadline(v1::AbortMigrationRequest { migration }, CONFIRM);
                         self.migrator(side)?.abort(request).await?.into_inner().alive
                     }
@@ -280,9 +281,11 @@ impl Call {
         let request = with_deadline(v1::GatewayStatusRequest {}, CONFIRM);
         let status = self.gateway(gateway)?.status(request).await?.into_inner();
         let mine = self.plan.users_at(gateway);
-        let elsewhere = status.users.iter().filter(|u| mine.contains(&u.name) && u.network != self.plan.to.network);
+        let elsewhere =
+            status.users.iter().filter(|u| mine.contains(&u.name) && u.network != self.plan.to.network);
         let network = elsewhere.clone().map(|u| u.network.clone()).next();
-        Ok(network.map(|n| (n.clone(), elsewhere.filter(|u| u.network == n).map(|u| u.name.clone()).collect())))
+        Ok(network
+            .map(|n| (n.clone(), elsewhere.filter(|u| u.network == n).map(|u| u.name.clone()).collect())))
     }
 
     /// Before the decision: until answered, refused, or lost for good.
@@ -327,11 +330,17 @@ impl Call {
         Participant::Source.name(&self.plan)
     }
 
-    fn gateway(&self, name: &str) -> Result<v1::gateway_client::GatewayClient<tonic::transport::Channel>, Status> {
+    fn gateway(
+        &self,
+        name: &str,
+    ) -> Result<v1::gateway_client::GatewayClient<tonic::transport::Channel>, Status> {
         Ok(self.controller.peers.get(Kind::Gateway, name)?.gateway())
     }
 
-    fn migrator(&self, side: &Side) -> Result<v1::migrator_client::MigratorClient<tonic::transport::Channel>, Status> {
+    fn migrator(
+        &self,
+        side: &Side,
+    ) -> Result<v1::migrator_client::MigratorClient<tonic::transport::Channel>, Status> {
         Ok(self.controller.peers.get(Kind::Migrator, &side.server)?.migrator())
     }
 
@@ -446,7 +455,8 @@ async fn preflight_servers(
     } else {
         // without the process's facts only this much can be known
         let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
-        let status = async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
+        let status =
+            async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
         findings.extend(asked(&who, status).await.err());
     }
     (findings, facts)
@@ -461,7 +471,11 @@ async fn asked<T>(who: &str, call: impl Future<Output = Result<Response<T>, Stat
     };
     let unreachable = peers::lost(&status) || status.code() == tonic::Code::Unavailable;
     let (code, what, remedy) = if unreachable {
-        ("unreachable", "cannot be reached", "`handover status` shows who can be; see that the daemon runs and that the control network carries")
+        (
+            "unreachable",
+            "cannot be reached",
+            "`handover status` shows who can be; see that the daemon runs and that the control network carries",
+        )
     } else {
         ("preflight-failed", "could not check", "see the daemon's log")
     };

@@ -72,9 +72,10 @@ impl Config {
     /// # Errors
     /// [`ConfigError`] names the file, the line or key, and the value.
     pub fn load(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
-        let config: Self =
-            toml::from_str(&text).map_err(|e| ConfigError::Parse { path: path.into(), source: Box::new(e) })?;
+        let text =
+            fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.into(), source })?;
+        let config: Self = toml::from_str(&text)
+            .map_err(|e| ConfigError::Parse { path: path.into(), source: Box::new(e) })?;
         let value = |what: String| Err(ConfigError::Value { path: path.into(), what });
         if !name_ok(&config.name) {
             return value(format!(

@@ -46,7 +46,9 @@ pub enum OpenError {
     #[error(transparent)]
     Journal(#[from] JournalError),
     /// The journal contradicts itself.
-    #[error("journal record {seq} contradicts those before it; restore the journal from a backup, it is not used as it is")]
+    #[error(
+        "journal record {seq} contradicts those before it; restore the journal from a backup, it is not used as it is"
+    )]
     History {
         /// Which record.
         seq: usize,
@@ -295,7 +297,10 @@ impl Controller {
     ///
     /// # Errors
     /// [`RequestError`] if it could not even become a session.
-    pub async fn rehearse(self: &Arc<Self>, request: &triggers::Request) -> Result<(Plan, Vec<Finding>), RequestError> {
+    pub async fn rehearse(
+        self: &Arc<Self>,
+        request: &triggers::Request,
+    ) -> Result<(Plan, Vec<Finding>), RequestError> {
         let plan = self.world().plan(request, driver::unix_ms())?;
         let name = format!("{}-dry-run", plan.service);
         let (found, _) = calls::preflight(self, &plan, &name).await;
@@ -380,7 +385,10 @@ impl Controller {
             Kind::Gateway => match self.configure_peer(peer).await {
                 Ok(s) => {
                     let interfaces = s.interfaces.iter().map(|i| format!("{} {}", i.name, i.attach_mode));
-                    Ok(std::iter::once(format!("revision {}", s.revision)).chain(interfaces).collect::<Vec<_>>().join(", "))
+                    Ok(std::iter::once(format!("revision {}", s.revision))
+                        .chain(interfaces)
+                        .collect::<Vec<_>>()
+                        .join(", "))
                 }
                 Err(why) => Err(why),
             },

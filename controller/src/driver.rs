@@ -59,7 +59,11 @@ impl Clock {
 ///
 /// # Errors
 /// [`Fatal`]: the journal has failed, and the controller has to stop.
-pub(crate) async fn drive(controller: Arc<Controller>, id: String, clock: Option<Clock>) -> Result<(), Fatal> {
+pub(crate) async fn drive(
+    controller: Arc<Controller>,
+    id: String,
+    clock: Option<Clock>,
+) -> Result<(), Fatal> {
     let Some(session) = controller.session(&id) else { return Ok(()) };
     let (events, mut answers) = mpsc::unbounded_channel();
     let mut driver = Driver {

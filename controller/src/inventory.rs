@@ -260,18 +260,17 @@ impl Checker<'_> {
     fn reference<T>(&mut self, whose: &str, key: &str, kind: &str, to: &Text, among: &BTreeMap<String, T>) {
         let n = to.get_ref();
         if !among.contains_key(n) {
-            self.problem(to, format!("{whose}: {key} = \"{n}\": there is no {kind} {n}; {}", known(kind, among.keys())));
+            self.problem(
+                to,
+                format!("{whose}: {key} = \"{n}\": there is no {kind} {n}; {}", known(kind, among.keys())),
+            );
         }
     }
 
     fn address(&mut self, whose: &str, key: &str, at: &Text) -> Ipv4Addr {
         let n = at.get_ref();
         match n.parse::<Ipv4Addr>() {
-            Ok(a)
-                if !a.is_unspecified() && !a.is_broadcast() && !a.is_multicast() && !a.is_loopback() =>
-            {
-                a
-            }
+            Ok(a) if !a.is_unspecified() && !a.is_broadcast() && !a.is_multicast() && !a.is_loopback() => a,
             Ok(_) => {
                 self.problem(
                     at,
@@ -293,13 +292,20 @@ impl Checker<'_> {
         let n = at.get_ref();
         match parse_mac(n) {
             Some(bytes) if bytes[0] & 1 == 1 => {
-                self.problem(at, format!("{whose}: {key} = \"{n}\" is a group address; give the MAC of one interface"));
+                self.problem(
+                    at,
+                    format!("{whose}: {key} = \"{n}\" is a group address; give the MAC of one interface"),
+                );
             }
             Some([0, 0, 0, 0, 0, 0]) => {
-                self.problem(at, format!("{whose}: {key} = \"{n}\" is all zeros; give the MAC of an interface"));
+                self.problem(
+                    at,
+                    format!("{whose}: {key} = \"{n}\" is all zeros; give the MAC of an interface"),
+                );
             }
             Some(_) => {}
-            None => self.problem(at, format!("{whose}: {key} = \"{n}\" is no MAC; write it like 02:00:00:00:01:01")),
+            None => self
+                .problem(at, format!("{whose}: {key} = \"{n}\" is no MAC; write it like 02:00:00:00:01:01")),
         }
         n.to_ascii_lowercase()
     }
@@ -344,7 +350,11 @@ impl Checker<'_> {
 
 fn known<'a>(kind: &str, names: impl Iterator<Item = &'a String>) -> String {
     let names: Vec<&str> = names.map(String::as_str).collect();
-    if names.is_empty() { format!("declare it with [[{kind}]]") } else { format!("known: {}", names.join(", ")) }
+    if names.is_empty() {
+        format!("declare it with [[{kind}]]")
+    } else {
+        format!("known: {}", names.join(", "))
+    }
 }
 
 /// Whether `name` can be a name: as in certificates.
@@ -437,10 +447,16 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
         c.reference(&whose, "home", "site", &u.home, &inv.sites);
         let mac = c.mac(&whose, "mac", &u.mac);
         if let Some(other) = macs.insert(mac.clone(), name.clone()) {
-            c.problem(&u.mac, format!("{whose}: mac = \"{mac}\" is also that of user {other}; a MAC stands for one user"));
+            c.problem(
+                &u.mac,
+                format!("{whose}: mac = \"{mac}\" is also that of user {other}; a MAC stands for one user"),
+            );
         }
         if u.addresses.get_ref().is_empty() {
-            c.problem(&u.addresses, format!("{whose}: addresses = [] is empty; give at least one IPv4 address"));
+            c.problem(
+                &u.addresses,
+                format!("{whose}: addresses = [] is empty; give at least one IPv4 address"),
+            );
         }
         let mut own = Vec::new();
         for a in u.addresses.get_ref() {
@@ -456,7 +472,12 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
                 );
             }
             if let Some((net, _)) = inv.networks.iter().find(|(_, n)| n.router_address == address) {
-                c.problem(a, format!("{whose}: address {address} is the router's of network {net}; give the user's own"));
+                c.problem(
+                    a,
+                    format!(
+                        "{whose}: address {address} is the router's of network {net}; give the user's own"
+                    ),
+                );
             }
             own.push(address);
         }
@@ -479,10 +500,18 @@ fn services(c: &mut Checker<'_>, raw: &[RawService], inv: &mut Inventory) {
         let address = c.address(&whose, "address", &s.address);
         if c.problems.len() == before {
             if let Some(other) = addresses.insert(address, name.clone()) {
-                c.problem(&s.address, format!("{whose}: address {address} is also that of service {other}; give each its own"));
+                c.problem(
+                    &s.address,
+                    format!("{whose}: address {address} is also that of service {other}; give each its own"),
+                );
             }
             if let Some((user, _)) = inv.users.iter().find(|(_, u)| u.addresses.contains(&address)) {
-                c.problem(&s.address, format!("{whose}: address {address} is also that of user {user}; give the service its own"));
+                c.problem(
+                    &s.address,
+                    format!(
+                        "{whose}: address {address} is also that of user {user}; give the service its own"
+                    ),
+                );
             }
             if let Some((net, _)) = inv.networks.iter().find(|(_, n)| n.router_address == address) {
                 c.problem(&s.address, format!("{whose}: address {address} is the router's of network {net}; give the service its own"));
@@ -513,7 +542,10 @@ fn servers(c: &mut Checker<'_>, whose: &str, s: &RawService, inv: &Inventory) {
     for (site, server) in &s.servers {
         let n = server.get_ref();
         let Some(place) = inv.sites.get(site) else {
-            c.problem(server, format!("{whose}: servers: there is no site {site}; {}", known("site", inv.sites.keys())));
+            c.problem(
+                server,
+                format!("{whose}: servers: there is no site {site}; {}", known("site", inv.sites.keys())),
+            );
             continue;
         };
         match inv.servers.get(n) {
@@ -552,7 +584,13 @@ fn service_users(c: &mut Checker<'_>, whose: &str, at: &Spanned<toml::Value>, in
                     continue;
                 };
                 if !inv.users.contains_key(name) {
-                    c.problem(at, format!("{whose}: users: there is no user {name}; {}", known("user", inv.users.keys())));
+                    c.problem(
+                        at,
+                        format!(
+                            "{whose}: users: there is no user {name}; {}",
+                            known("user", inv.users.keys())
+                        ),
+                    );
                 }
                 if !names.insert(name.clone()) {
                     c.problem(at, format!("{whose}: users: {name} is named twice; remove one"));

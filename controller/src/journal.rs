@@ -217,19 +217,23 @@ fn connect(path: &Path) -> Result<Connection, JournalError> {
     if found != SCHEMA_VERSION {
         return Err(JournalError::Version { path: path.into(), found });
     }
-    let mode: String = db
-        .query_row("PRAGMA journal_mode = WAL", [], |r| r.get(0))
-        .map_err(|e| refused(path, e))?;
+    let mode: String =
+        db.query_row("PRAGMA journal_mode = WAL", [], |r| r.get(0)).map_err(|e| refused(path, e))?;
     if !mode.eq_ignore_ascii_case("wal") {
-        return Err(JournalError::Damaged { path: path.into(), what: format!("its journal mode is {mode}, not WAL") });
+        return Err(JournalError::Damaged {
+            path: path.into(),
+            what: format!("its journal mode is {mode}, not WAL"),
+        });
     }
-    db.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0").map_err(|e| refused(path, e))?;
+    db.execute_batch("PRAGMA synchronous = FULL; PRAGMA wal_autocheckpoint = 0")
+        .map_err(|e| refused(path, e))?;
     Ok(db)
 }
 
 fn read(path: &Path, db: &Connection) -> Result<Vec<Record>, JournalError> {
     let damaged = |what: String| JournalError::Damaged { path: path.into(), what };
-    let verdict: String = db.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(|e| refused(path, e))?;
+    let verdict: String =
+        db.query_row("PRAGMA quick_check(1)", [], |r| r.get(0)).map_err(|e| refused(path, e))?;
     if verdict != "ok" {
         return Err(damaged(verdict.replace('\n', " ")));
     }
@@ -243,7 +247,9 @@ fn read(path: &Path, db: &Connection) -> Result<Vec<Record>, JournalError> {
         if seq != expected {
             return Err(damaged(format!("record {seq} follows record {}", expected - 1)));
         }
-        records.push(serde_json::from_str(&body).map_err(|e| damaged(format!("record {seq} cannot be read: {e}")))?);
+        records.push(
+            serde_json::from_str(&body).map_err(|e| damaged(format!("record {seq} cannot be read: {e}")))?,
+        );
     }
     Ok(records)
 }
@@ -273,7 +279,9 @@ fn refused(path: &Path, source: rusqlite::Error) -> JournalError {
     use rusqlite::ErrorCode as C;
     match source.sqlite_error_code() {
         Some(C::DatabaseBusy | C::DatabaseLocked) => JournalError::InUse { path: path.into() },
-        Some(C::NotADatabase) => JournalError::Foreign { path: path.into(), what: "no SQLite database".into() },
+        Some(C::NotADatabase) => {
+            JournalError::Foreign { path: path.into(), what: "no SQLite database".into() }
+        }
         Some(C::DatabaseCorrupt) => JournalError::Damaged { path: path.into(), what: source.to_string() },
         _ => JournalError::Open { path: path.into(), source },
     }

@@ -195,5 +195,6 @@ pub fn words(status: &Status) -> String {
 
 /// Whether the answer was lost on the way, so that nobody knows whether the call was served.
 pub fn lost(status: &Status) -> bool {
-    status.source().is_some() || matches!(status.code(), tonic::Code::Cancelled | tonic::Code::DeadlineExceeded)
+    status.source().is_some()
+        || matches!(status.code(), tonic::Code::Cancelled | tonic::Code::DeadlineExceeded)
 }

@@ -13,8 +13,23 @@ use crate::session::{
 
 /// The names of the steps, in order, as in the table of the sequence.
 pub const STEPS: [&str; 17] = [
-    "request", "preflight", "stage", "prepare", "freeze", "fence", "dump", "copy", "restore", "address", "switch",
-    "yield", "decision", "resume", "end", "finish", "completed",
+    "request",
+    "preflight",
+    "stage",
+    "prepare",
+    "freeze",
+    "fence",
+    "dump",
+    "copy",
+    "restore",
+    "address",
+    "switch",
+    "yield",
+    "decision",
+    "resume",
+    "end",
+    "finish",
+    "completed",
 ];
 
 /// What would be done, one line per step.
@@ -30,7 +45,10 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
             plan.to.network
         ));
     }
-    lines.push(format!("prepare   migrator {a}: find the process of {}, connect to {b}, reserve there", plan.service));
+    lines.push(format!(
+        "prepare   migrator {a}: find the process of {}, connect to {b}, reserve there",
+        plan.service
+    ));
     lines.push(format!(
         "freeze    migrator {a}: fence {}, dump, copy to {b}, restore there stopped; {} leaves {a}",
         plan.address, plan.address
@@ -39,8 +57,12 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
         lines.push(format!("switch    gateway {g}: {} to {}, one store", users(g), plan.to.network));
     }
     lines.push(match plan.policy {
-        crate::session::Policy::Late => format!("yield     migrator {a}: gives up the right to go back alone"),
-        crate::session::Policy::Disaster => format!("yield     migrator {a}: already with its vote (policy disaster)"),
+        crate::session::Policy::Late => {
+            format!("yield     migrator {a}: gives up the right to go back alone")
+        }
+        crate::session::Policy::Disaster => {
+            format!("yield     migrator {a}: already with its vote (policy disaster)")
+        }
     });
     lines.push("decision  controller: COMMIT, durable; before it everything is undone on failure".into());
     lines.push(format!("resume    migrator {b}: fence off, the copy runs, {} is announced", plan.address));
@@ -105,16 +127,15 @@ pub fn session(session: &Session) -> v1::Session {
         match &session.state {
             State::Resuming { stuck: Some(why) } => view.reason.clone_from(why),
             State::SourceDead { .. } => {
-                view.reason = format!("migrator {} says that the original does not run any more", plan.from.server);
+                view.reason =
+                    format!("migrator {} says that the original does not run any more", plan.from.server);
             }
             State::Refused => view.reason = "preflight found what would make the migration fail".into(),
             _ => {}
         }
     }
-    let undo = matches!(
-        session.state,
-        State::Aborting { .. } | State::RolledBack { .. } | State::SourceDead { .. }
-    );
+    let undo =
+        matches!(session.state, State::Aborting { .. } | State::RolledBack { .. } | State::SourceDead { .. });
     for (participant, why) in session.state.open().into_iter().flatten() {
         let what = match participant {
             _ if undo => "abort",
@@ -164,7 +185,8 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
     match event {
         Event::Requested { .. } => done("request", &plan.trigger, now, ""),
         Event::Checked { findings, sent_us, .. } => {
-            let errors = plan.findings.iter().chain(findings).filter(|f| f.severity == Severity::Error).count();
+            let errors =
+                plan.findings.iter().chain(findings).filter(|f| f.severity == Severity::Error).count();
             let state = if errors > 0 { "failed" } else { "done" };
             let detail = if errors > 0 {
                 plural(u32::try_from(errors).unwrap_or(u32::MAX), "error")
@@ -184,7 +206,11 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
                 "freeze",
                 &a,
                 *sent_us,
-                &format!("{} KiB, {}", vote.image_bytes.div_ceil(1024), plural(vote.connections, "connection")),
+                &format!(
+                    "{} KiB, {}",
+                    vote.image_bytes.div_ceil(1024),
+                    plural(vote.connections, "connection")
+                ),
             );
             *frozen_from = Some(*sent_us);
             for s in &vote.steps {
@@ -230,9 +256,11 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
         Event::Undone { participant, alive, sent_us } => {
             durable(view, *sent_us);
             let actor = participant.name(plan);
-            for s in view.steps.iter_mut().filter(|s| {
-                s.actor == actor && s.state == "done" && STEPS[2..12].contains(&s.name.as_str())
-            }) {
+            for s in view
+                .steps
+                .iter_mut()
+                .filter(|s| s.actor == actor && s.state == "done" && STEPS[2..12].contains(&s.name.as_str()))
+            {
                 s.state = "undone".into();
             }
             let detail = if *alive && *participant == Participant::Source { "the original runs" } else { "" };

@@ -115,7 +115,8 @@ fn bind_socket(path: &Path) -> Result<UnixListener, ServerError> {
     }
     if let Ok(meta) = fs::symlink_metadata(path) {
         if !meta.file_type().is_socket() {
-            let what = io::Error::new(io::ErrorKind::AlreadyExists, "exists and is no socket; name another one");
+            let what =
+                io::Error::new(io::ErrorKind::AlreadyExists, "exists and is no socket; name another one");
             return Err(failed(what));
         }
         if StdUnixStream::connect(path).is_ok() {

@@ -36,22 +36,29 @@ impl Service {
     fn find(&self, id: &str) -> Result<v1::Session, Status> {
         match self.0.session(id) {
             Some(session) => Ok(report::session(&session)),
-            None => Err(Status::not_found(format!("there is no session `{id}`; {}", known_sessions(&self.0.snapshot())))),
+            None => Err(Status::not_found(format!(
+                "there is no session `{id}`; {}",
+                known_sessions(&self.0.snapshot())
+            ))),
         }
     }
 }
 
 fn known_sessions(world: &World) -> String {
     let last: Vec<&str> = world.order.iter().rev().take(5).map(String::as_str).collect();
-    if last.is_empty() { "there has been none yet".into() } else { format!("the last ones: {}", last.join(", ")) }
+    if last.is_empty() {
+        "there has been none yet".into()
+    } else {
+        format!("the last ones: {}", last.join(", "))
+    }
 }
 
 fn refused(error: RequestError) -> Status {
     let words = error.to_string();
     match error {
-        RequestError::UnknownService { .. } | RequestError::UnknownSite { .. } | RequestError::UnknownUser { .. } => {
-            Status::not_found(words)
-        }
+        RequestError::UnknownService { .. }
+        | RequestError::UnknownSite { .. }
+        | RequestError::UnknownUser { .. } => Status::not_found(words),
         RequestError::NotAUser { .. } => Status::invalid_argument(words),
         RequestError::NoServer { .. }
         | RequestError::AlreadyThere { .. }
@@ -80,7 +87,10 @@ impl v1::controller_server::Controller for Service {
         }
     }
 
-    async fn status(&self, request: Request<v1::StatusRequest>) -> Result<Response<v1::StatusResponse>, Status> {
+    async fn status(
+        &self,
+        request: Request<v1::StatusRequest>,
+    ) -> Result<Response<v1::StatusResponse>, Status> {
         require_role(&request, LOOK)?;
         let world = self.0.snapshot();
         let services = world.inventory.services.iter().filter_map(|(name, service)| {
@@ -119,7 +129,10 @@ impl v1::controller_server::Controller for Service {
     }
 
     /// Answers once preflight has accepted or refused the session (or the session has failed otherwise).
-    async fn migrate(&self, request: Request<v1::MigrateRequest>) -> Result<Response<v1::MigrateResponse>, Status> {
+    async fn migrate(
+        &self,
+        request: Request<v1::MigrateRequest>,
+    ) -> Result<Response<v1::MigrateResponse>, Status> {
         let peer = require_role(&request, ACT)?;
         let message = request.into_inner();
         let dry_run = message.dry_run;
@@ -155,11 +168,15 @@ impl v1::controller_server::Controller for Service {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         require_role(&request, LOOK)?;
         let world = self.0.snapshot();
-        let sessions = world.order.iter().filter_map(|id| world.sessions.get(id)).map(report::session).collect();
+        let sessions =
+            world.order.iter().filter_map(|id| world.sessions.get(id)).map(report::session).collect();
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 
-    async fn get_session(&self, request: Request<v1::GetSessionRequest>) -> Result<Response<v1::Session>, Status> {
+    async fn get_session(
+        &self,
+        request: Request<v1::GetSessionRequest>,
+    ) -> Result<Response<v1::Session>, Status> {
         require_role(&request, LOOK)?;
         self.find(&request.into_inner().session).map(Response::new)
     }

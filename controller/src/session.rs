@@ -717,7 +717,11 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
             }
             let mut switched = switched.clone();
             switched.insert(gateway.clone());
-            if switched.len() == tickets.len() { voted() } else { S::Switching { tickets: tickets.clone(), switched } }
+            if switched.len() == tickets.len() {
+                voted()
+            } else {
+                S::Switching { tickets: tickets.clone(), switched }
+            }
         }
         (S::Yielding, E::Yielded { .. }) => commit(),
 
@@ -727,14 +731,10 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. }) => give_up(Reach::Frozen),
         (S::Deciding { decision: Decision::Commit, reach }, E::Failed { .. }) => give_up(*reach),
 
-        (
-            S::Deciding { decision: Decision::Commit, .. },
-            E::Decided { decision: Decision::Commit },
-        ) => S::Resuming { stuck: None },
-        (
-            S::Deciding { decision: Decision::Abort, reach },
-            E::Decided { decision: Decision::Abort },
-        ) => {
+        (S::Deciding { decision: Decision::Commit, .. }, E::Decided { decision: Decision::Commit }) => {
+            S::Resuming { stuck: None }
+        }
+        (S::Deciding { decision: Decision::Abort, reach }, E::Decided { decision: Decision::Abort }) => {
             if *reach == Reach::Nothing {
                 S::RolledBack { open: Open::new() }
             } else {
@@ -747,7 +747,8 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
 
         (S::Resuming { .. }, E::Resumed { .. }) => {
-            let mut open: Open = plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
+            let mut open: Open =
+                plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
             open.insert(Participant::Source, None);
             S::Ending { open }
         }

@@ -40,7 +40,11 @@ pub fn operator(m: v1::MigrateRequest) -> Result<Request, String> {
     };
     let trigger = match m.trigger.as_str() {
         "" | "operator" => "operator".to_owned(),
-        other => return Err(format!("trigger `{other}` is not known to this controller; it takes requests of the operator")),
+        other => {
+            return Err(format!(
+                "trigger `{other}` is not known to this controller; it takes requests of the operator"
+            ));
+        }
     };
     Ok(Request {
         service: m.service,

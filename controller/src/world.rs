@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 use crate::{
     inventory::{self, Change, Inventory, Service, What},
     session::{
-        Command, Decision, Entry, Event, Finding, Illegal, Member, Outcome, Participant, Plan, Session, Severity,
-        Side, State,
+        Command, Decision, Entry, Event, Finding, Illegal, Member, Outcome, Participant, Plan, Session,
+        Severity, Side, State,
     },
     triggers::Request,
 };
@@ -103,7 +103,9 @@ pub enum RequestError {
         known: String,
     },
     /// The user is not one of the service's.
-    #[error("user {user} is none of the users of service {service} ({users}); leave --user out to switch all of them")]
+    #[error(
+        "user {user} is none of the users of service {service} ({users}); leave --user out to switch all of them"
+    )]
     NotAUser {
         /// As asked.
         user: String,
@@ -113,7 +115,9 @@ pub enum RequestError {
         users: String,
     },
     /// The service has no server there.
-    #[error("service {service} has no server at site {site}, only at {sites}; add one to `servers` of the service and apply")]
+    #[error(
+        "service {service} has no server at site {site}, only at {sites}; add one to `servers` of the service and apply"
+    )]
     NoServer {
         /// As asked.
         service: String,
@@ -131,7 +135,9 @@ pub enum RequestError {
         site: String,
     },
     /// Both sites share a network.
-    #[error("sites {from} and {to} are both on network {network}: no switch could tell them apart; give each site its own network")]
+    #[error(
+        "sites {from} and {to} are both on network {network}: no switch could tell them apart; give each site its own network"
+    )]
     SameNetwork {
         /// Where it is.
         from: String,
@@ -141,7 +147,9 @@ pub enum RequestError {
         network: String,
     },
     /// The service is being migrated.
-    #[error("service {service} is in session {session} ({state}); wait for it: `handover sessions watch {session}`")]
+    #[error(
+        "service {service} is in session {session} ({state}); wait for it: `handover sessions watch {session}`"
+    )]
     Busy {
         /// As asked.
         service: String,
@@ -151,7 +159,9 @@ pub enum RequestError {
         state: &'static str,
     },
     /// An earlier migration has left something to confirm.
-    #[error("session {session} of service {service} still waits for {what}; bring it back, or remove it from the inventory if it is gone for good")]
+    #[error(
+        "session {session} of service {service} still waits for {what}; bring it back, or remove it from the inventory if it is gone for good"
+    )]
     Pending {
         /// As asked.
         service: String,
@@ -161,7 +171,9 @@ pub enum RequestError {
         what: String,
     },
     /// A user is being switched by another session.
-    #[error("user {user} is in session {session} of service {service} ({state}); wait for it: `handover sessions watch {session}`")]
+    #[error(
+        "user {user} is in session {session} of service {service} ({state}); wait for it: `handover sessions watch {session}`"
+    )]
     UserBusy {
         /// Who.
         user: String,
@@ -193,7 +205,11 @@ pub struct World {
 
 fn known<'a>(names: impl IntoIterator<Item = &'a String>) -> String {
     let names: Vec<&str> = names.into_iter().map(String::as_str).collect();
-    if names.is_empty() { "none is declared: `handover apply -f FILE`".into() } else { format!("known: {}", names.join(", ")) }
+    if names.is_empty() {
+        "none is declared: `handover apply -f FILE`".into()
+    } else {
+        format!("known: {}", names.join(", "))
+    }
 }
 
 fn over(session: &Session) -> bool {
@@ -299,7 +315,10 @@ impl World {
             }
         }
         for (name, service) in &new.services {
-            let (Some(place), Some(old)) = (self.services.get(name), self.inventory.services.get(name)) else { continue };
+            let (Some(place), Some(old)) = (self.services.get(name), self.inventory.services.get(name))
+            else {
+                continue;
+            };
             let (was, is) = (old.servers.get(&place.site), service.servers.get(&place.site));
             if was != is {
                 against.push(format!(
@@ -326,7 +345,8 @@ impl World {
     pub fn plan(&self, request: &Request, now_ms: u64) -> Result<Plan, RequestError> {
         let inv = &*self.inventory;
         let name = &request.service;
-        let unknown = || RequestError::UnknownService { name: name.clone(), known: known(inv.services.keys()) };
+        let unknown =
+            || RequestError::UnknownService { name: name.clone(), known: known(inv.services.keys()) };
         let service = inv.services.get(name).ok_or_else(unknown)?;
         let place = self.services.get(name).ok_or_else(unknown)?;
         let to_site = &request.to_site;
@@ -422,7 +442,10 @@ impl World {
         } else {
             for user in &request.users {
                 if !inv.users.contains_key(user) {
-                    return Err(RequestError::UnknownUser { name: user.clone(), known: known(inv.users.keys()) });
+                    return Err(RequestError::UnknownUser {
+                        name: user.clone(),
+                        known: known(inv.users.keys()),
+                    });
                 }
                 if !declared.contains(user) {
                     return Err(RequestError::NotAUser {
@@ -469,7 +492,10 @@ impl World {
             finding(
                 Severity::Warning,
                 "no-users",
-                format!("no user of service {} is on network {}: only the service moves", request.service, from.network),
+                format!(
+                    "no user of service {} is on network {}: only the service moves",
+                    request.service, from.network
+                ),
                 "declare the service's users and apply, if there should be some",
             );
         }
@@ -499,7 +525,11 @@ impl World {
 
     /// Sessions that have something to do: those a restart goes on with.
     pub fn unfinished(&self) -> Vec<String> {
-        self.order.iter().filter(|id| self.sessions.get(*id).is_some_and(|s| !s.outstanding().is_empty())).cloned().collect()
+        self.order
+            .iter()
+            .filter(|id| self.sessions.get(*id).is_some_and(|s| !s.outstanding().is_empty()))
+            .cloned()
+            .collect()
     }
 
     /// Sessions whose service is still on its way.

@@ -14,7 +14,9 @@ const STOP: Duration = Duration::from_secs(10);
 
 /// Runs the one ordered sequence that moves services and their users to another site.
 #[derive(Parser)]
-#[command(version, after_help = "Example configuration:\n  \
+#[command(
+    version,
+    after_help = "Example configuration:\n  \
     name = \"controller\"\n  \
     listen = \"10.255.0.1:7440\"                  # optional: the CLI from elsewhere\n  \
     socket = \"/run/handover/controller.sock\"    # the local CLI; mode 0660\n  \
@@ -23,7 +25,8 @@ const STOP: Duration = Duration::from_secs(10);
     ca = \"/etc/handover/ca.pem\"\n  \
     cert = \"/etc/handover/controller-controller.pem\"\n  \
     key = \"/etc/handover/controller-controller.key\"\n\n\
-    Certificates: `handover pki init DIR`, `handover pki issue DIR controller controller`.")]
+    Certificates: `handover pki init DIR`, `handover pki issue DIR controller controller`."
+)]
 struct Args {
     /// The configuration file.
     #[arg(long, global = true, default_value = "/etc/handover/controller.toml")]

@@ -55,58 +55,182 @@ fn the_lab_is_valid() {
 
 /// What is replaced in the lab's inventory, by what, and the error.
 const BAD: &[(&str, &str, &str)] = &[
-    ("vid = 2", "vid = 0", "line 7: network net2: vid = 0 is reserved by 802.1Q; use 1 to 4094, or leave vid out for an untagged network"),
-    ("vid = 2", "vid = 4095", "line 7: network net2: vid = 4095 is reserved by 802.1Q; use 1 to 4094, or leave vid out for an untagged network"),
-    ("vid = 2", "vid = -1", "line 7: network net2: vid = -1 is no VLAN identifier; use 1 to 4094, or leave vid out for an untagged network"),
-    ("vid = 2", "vid = \"two\"", "line 7: network net2: vid = \"two\" is not a number; use 1 to 4094, or leave vid out for an untagged network"),
-    ("vid = 2", "vid = 1", "line 6: network net2 has vid = 1, and so has network net1; give each its own VID"),
-    ("vid = 2", "vlan = 2", "line 7: unknown field `vlan`, expected one of `name`, `vid`, `router_address`, `router_mac`"),
+    (
+        "vid = 2",
+        "vid = 0",
+        "line 7: network net2: vid = 0 is reserved by 802.1Q; use 1 to 4094, or leave vid out for an untagged network",
+    ),
+    (
+        "vid = 2",
+        "vid = 4095",
+        "line 7: network net2: vid = 4095 is reserved by 802.1Q; use 1 to 4094, or leave vid out for an untagged network",
+    ),
+    (
+        "vid = 2",
+        "vid = -1",
+        "line 7: network net2: vid = -1 is no VLAN identifier; use 1 to 4094, or leave vid out for an untagged network",
+    ),
+    (
+        "vid = 2",
+        "vid = \"two\"",
+        "line 7: network net2: vid = \"two\" is not a number; use 1 to 4094, or leave vid out for an untagged network",
+    ),
+    (
+        "vid = 2",
+        "vid = 1",
+        "line 6: network net2 has vid = 1, and so has network net1; give each its own VID",
+    ),
+    (
+        "vid = 2",
+        "vlan = 2",
+        "line 7: unknown field `vlan`, expected one of `name`, `vid`, `router_address`, `router_mac`",
+    ),
     ("vid = 2", "vid = ", "line 7: "),
-    ("[[gateway]]", "[[gatweay]]", "line 25: unknown field `gatweay`, expected one of `network`, `site`, `server`, `gateway`, `user`, `service`"),
-    ("router_address = \"10.1.0.1\"\n[[site]]\nname = \"main\"", "router_address = \"10.9.0.1\"\n[[site]]\nname = \"main\"",
-     "line 39: service film: the router of site main is 10.1.0.1, that of site backup is 10.9.0.1; users need the same router_address at every site of a service"),
-    ("network = \"net2\"", "network = \"net3\"", "line 14: site backup: network = \"net3\": there is no network net3; known: net1, net2"),
-    ("site = \"backup\"", "site = \"bakcup\"", "line 22: server backup-server: site = \"bakcup\": there is no site bakcup; known: backup, main"),
-    ("control = \"10.255.0.2:7443\"", "control = \"10.255.0.2\"",
-     "line 27: gateway gw: control = \"10.255.0.2\" is no host:port; write it like 10.255.0.5:7443, with a port from 1 to 65535"),
-    ("control = \"10.255.0.2:7443\"", "control = \"10.255.0.2:0\"",
-     "line 27: gateway gw: control = \"10.255.0.2:0\" is no host:port; write it like 10.255.0.5:7443, with a port from 1 to 65535"),
-    ("control = \"10.255.0.2:7443\"", "control = \"10.255.0.5:7443\"",
-     "line 27: gateway gw: control = \"10.255.0.5:7443\" is also that of server main-server (control); give each its own"),
-    ("name = \"taro\"", "name = \"Taro\"", "line 29: user `Taro`: not a name; use 1 to 63 of a-z, 0-9 and `-`, not starting or ending with `-`"),
-    ("gateway = \"gw\"", "gateway = \"gw2\"", "line 30: user taro: gateway = \"gw2\": there is no gateway gw2; known: gw"),
-    ("mac = \"02:00:00:00:01:01\"", "mac = \"02:00:00:00:01\"", "line 31: user taro: mac = \"02:00:00:00:01\" is no MAC; write it like 02:00:00:00:01:01"),
-    ("mac = \"02:00:00:00:01:01\"", "mac = \"01:00:5e:00:01:01\"",
-     "line 31: user taro: mac = \"01:00:5e:00:01:01\" is a group address; give the MAC of one interface"),
-    ("addresses = [\"10.1.0.100\"]", "addresses = []", "line 32: user taro: addresses = [] is empty; give at least one IPv4 address"),
-    ("addresses = [\"10.1.0.100\"]", "addresses = [\"10.1.0.300\"]",
-     "line 32: user taro: addresses = \"10.1.0.300\" is no IPv4 address; write it like 203.0.113.10, without a prefix length"),
-    ("addresses = [\"10.1.0.100\"]", "addresses = [\"10.1.0.1\"]",
-     "line 32: user taro: address 10.1.0.1 is the router's of network net1; give the user's own"),
-    ("addresses = [\"10.1.0.100\"]", "addresses = [\"224.0.0.1\"]",
-     "line 32: user taro: addresses = \"224.0.0.1\" is no address of a host; give a unicast IPv4 address"),
-    ("address = \"203.0.113.10\"", "address = \"10.1.0.100\"",
-     "line 36: service film: address 10.1.0.100 is also that of user taro; give the service its own"),
-    ("servers = { main = \"main-server\", backup", "servers = { backup",
-     "line 37: service film: home = \"main\", but servers names none for site main; add main = \"SERVER\" to servers"),
-    ("backup = \"backup-server\" }", "backup = \"main-server\" }",
-     "line 38: service film: servers: backup = \"main-server\", but server main-server stands at site main; name one at backup"),
-    ("backup = \"backup-server\" }", "backup = \"nowhere\" }",
-     "line 38: service film: servers: backup = \"nowhere\": there is no server nowhere; known: backup-server, main-server"),
-    ("backup = \"backup-server\" }", "moon = \"backup-server\" }", "line 38: service film: servers: there is no site moon; known: backup, main"),
-    ("users = \"all\"", "users = \"some\"", "line 39: service film: users = \"some\"; write users = \"all\" or a list of names"),
-    ("users = \"all\"", "users = [\"jiro\"]", "line 39: service film: users: there is no user jiro; known: taro"),
-    ("users = \"all\"", "users = [\"taro\", \"taro\"]", "line 39: service film: users: taro is named twice; remove one"),
-    ("{ command = \"film-server\" }", "{ }", "line 40: service film: target is empty; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\""),
-    ("{ command = \"film-server\" }", "{ command = \"\" }",
-     "line 40: service film: target: command = \"\" would match every process; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\""),
-    ("{ command = \"film-server\" }", "{ pid = 1 }",
-     "line 40: service film: target: pid = 1 is no service's; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\""),
-    ("{ command = \"film-server\" }", "{ pid = 7, pidfile = \"/x\" }",
-     "line 40: service film: target names more than one way; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\""),
-    ("{ command = \"film-server\" }", "{ pidfile = \"x\" }",
-     "line 40: service film: target: pidfile = \"x\" is not absolute; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\""),
-    ("{ command = \"film-server\" }", "{ unit = \"x\" }", "line 40: unknown field `unit`, expected one of `pid`, `pidfile`, `command`"),
+    (
+        "[[gateway]]",
+        "[[gatweay]]",
+        "line 25: unknown field `gatweay`, expected one of `network`, `site`, `server`, `gateway`, `user`, `service`",
+    ),
+    (
+        "router_address = \"10.1.0.1\"\n[[site]]\nname = \"main\"",
+        "router_address = \"10.9.0.1\"\n[[site]]\nname = \"main\"",
+        "line 39: service film: the router of site main is 10.1.0.1, that of site backup is 10.9.0.1; users need the same router_address at every site of a service",
+    ),
+    (
+        "network = \"net2\"",
+        "network = \"net3\"",
+        "line 14: site backup: network = \"net3\": there is no network net3; known: net1, net2",
+    ),
+    (
+        "site = \"backup\"",
+        "site = \"bakcup\"",
+        "line 22: server backup-server: site = \"bakcup\": there is no site bakcup; known: backup, main",
+    ),
+    (
+        "control = \"10.255.0.2:7443\"",
+        "control = \"10.255.0.2\"",
+        "line 27: gateway gw: control = \"10.255.0.2\" is no host:port; write it like 10.255.0.5:7443, with a port from 1 to 65535",
+    ),
+    (
+        "control = \"10.255.0.2:7443\"",
+        "control = \"10.255.0.2:0\"",
+        "line 27: gateway gw: control = \"10.255.0.2:0\" is no host:port; write it like 10.255.0.5:7443, with a port from 1 to 65535",
+    ),
+    (
+        "control = \"10.255.0.2:7443\"",
+        "control = \"10.255.0.5:7443\"",
+        "line 27: gateway gw: control = \"10.255.0.5:7443\" is also that of server main-server (control); give each its own",
+    ),
+    (
+        "name = \"taro\"",
+        "name = \"Taro\"",
+        "line 29: user `Taro`: not a name; use 1 to 63 of a-z, 0-9 and `-`, not starting or ending with `-`",
+    ),
+    (
+        "gateway = \"gw\"",
+        "gateway = \"gw2\"",
+        "line 30: user taro: gateway = \"gw2\": there is no gateway gw2; known: gw",
+    ),
+    (
+        "mac = \"02:00:00:00:01:01\"",
+        "mac = \"02:00:00:00:01\"",
+        "line 31: user taro: mac = \"02:00:00:00:01\" is no MAC; write it like 02:00:00:00:01:01",
+    ),
+    (
+        "mac = \"02:00:00:00:01:01\"",
+        "mac = \"01:00:5e:00:01:01\"",
+        "line 31: user taro: mac = \"01:00:5e:00:01:01\" is a group address; give the MAC of one interface",
+    ),
+    (
+        "addresses = [\"10.1.0.100\"]",
+        "addresses = []",
+        "line 32: user taro: addresses = [] is empty; give at least one IPv4 address",
+    ),
+    (
+        "addresses = [\"10.1.0.100\"]",
+        "addresses = [\"10.1.0.300\"]",
+        "line 32: user taro: addresses = \"10.1.0.300\" is no IPv4 address; write it like 203.0.113.10, without a prefix length",
+    ),
+    (
+        "addresses = [\"10.1.0.100\"]",
+        "addresses = [\"10.1.0.1\"]",
+        "line 32: user taro: address 10.1.0.1 is the router's of network net1; give the user's own",
+    ),
+    (
+        "addresses = [\"10.1.0.100\"]",
+        "addresses = [\"224.0.0.1\"]",
+        "line 32: user taro: addresses = \"224.0.0.1\" is no address of a host; give a unicast IPv4 address",
+    ),
+    (
+        "address = \"203.0.113.10\"",
+        "address = \"10.1.0.100\"",
+        "line 36: service film: address 10.1.0.100 is also that of user taro; give the service its own",
+    ),
+    (
+        "servers = { main = \"main-server\", backup",
+        "servers = { backup",
+        "line 37: service film: home = \"main\", but servers names none for site main; add main = \"SERVER\" to servers",
+    ),
+    (
+        "backup = \"backup-server\" }",
+        "backup = \"main-server\" }",
+        "line 38: service film: servers: backup = \"main-server\", but server main-server stands at site main; name one at backup",
+    ),
+    (
+        "backup = \"backup-server\" }",
+        "backup = \"nowhere\" }",
+        "line 38: service film: servers: backup = \"nowhere\": there is no server nowhere; known: backup-server, main-server",
+    ),
+    (
+        "backup = \"backup-server\" }",
+        "moon = \"backup-server\" }",
+        "line 38: service film: servers: there is no site moon; known: backup, main",
+    ),
+    (
+        "users = \"all\"",
+        "users = \"some\"",
+        "line 39: service film: users = \"some\"; write users = \"all\" or a list of names",
+    ),
+    (
+        "users = \"all\"",
+        "users = [\"jiro\"]",
+        "line 39: service film: users: there is no user jiro; known: taro",
+    ),
+    (
+        "users = \"all\"",
+        "users = [\"taro\", \"taro\"]",
+        "line 39: service film: users: taro is named twice; remove one",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ }",
+        "line 40: service film: target is empty; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\"",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ command = \"\" }",
+        "line 40: service film: target: command = \"\" would match every process; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\"",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ pid = 1 }",
+        "line 40: service film: target: pid = 1 is no service's; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\"",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ pid = 7, pidfile = \"/x\" }",
+        "line 40: service film: target names more than one way; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\"",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ pidfile = \"x\" }",
+        "line 40: service film: target: pidfile = \"x\" is not absolute; give one of command = \"PATTERN\", pid = NUMBER, pidfile = \"/PATH\"",
+    ),
+    (
+        "{ command = \"film-server\" }",
+        "{ unit = \"x\" }",
+        "line 40: unknown field `unit`, expected one of `pid`, `pidfile`, `command`",
+    ),
     ("home = \"main\"\n[[service]]", "[[service]]", "line 28: missing field `home`"),
 ];
 
@@ -118,26 +242,39 @@ fn bad_values_are_named_with_line_value_and_way_out() {
         let text = LAB.replacen(from, to, 1);
         let err = parse(&text).expect_err(to).to_string();
         // one wrong value may have consequences; the first line says it
-        assert!(err.lines().any(|l| l == *want || (want.ends_with(": ") && l.starts_with(want))), "{to}\n got: {err}\nwant: {want}");
+        assert!(
+            err.lines().any(|l| l == *want || (want.ends_with(": ") && l.starts_with(want))),
+            "{to}\n got: {err}\nwant: {want}"
+        );
     }
 }
 
 #[test]
 fn two_users_cannot_share_a_mac_an_address_or_a_name() {
     let second = |name: &str, mac: &str, address: &str| {
-        format!("{LAB}[[user]]\nname = \"{name}\"\ngateway = \"gw\"\nmac = \"{mac}\"\naddresses = [\"{address}\"]\nhome = \"main\"\n")
+        format!(
+            "{LAB}[[user]]\nname = \"{name}\"\ngateway = \"gw\"\nmac = \"{mac}\"\naddresses = [\"{address}\"]\nhome = \"main\"\n"
+        )
     };
     assert!(parse(&second("jiro", "02:00:00:00:01:02", "10.1.0.101")).is_ok());
     for (text, want) in [
-        (second("jiro", "02:00:00:00:01:01", "10.1.0.101"),
-         "line 44: user jiro: mac = \"02:00:00:00:01:01\" is also that of user taro; a MAC stands for one user"),
-        (second("jiro", "02:00:00:00:01:02", "10.1.0.100"),
-         "line 45: user jiro: address 10.1.0.100 is also that of user taro; an address stands for one user"),
-        (second("taro", "02:00:00:00:01:02", "10.1.0.101"), "line 42: user taro is declared twice; rename one or remove it"),
+        (
+            second("jiro", "02:00:00:00:01:01", "10.1.0.101"),
+            "line 44: user jiro: mac = \"02:00:00:00:01:01\" is also that of user taro; a MAC stands for one user",
+        ),
+        (
+            second("jiro", "02:00:00:00:01:02", "10.1.0.100"),
+            "line 45: user jiro: address 10.1.0.100 is also that of user taro; an address stands for one user",
+        ),
+        (
+            second("taro", "02:00:00:00:01:02", "10.1.0.101"),
+            "line 42: user taro is declared twice; rename one or remove it",
+        ),
     ] {
         assert_eq!(parse(&text).unwrap_err().to_string(), want);
     }
-    let upper = second("jiro", "0A:00:00:00:01:01", "10.1.0.101").replace("02:00:00:00:01:01", "0a:00:00:00:01:01");
+    let upper =
+        second("jiro", "0A:00:00:00:01:01", "10.1.0.101").replace("02:00:00:00:01:01", "0a:00:00:00:01:01");
     assert!(parse(&upper).is_err(), "case does not make another MAC");
 }
 
@@ -152,10 +289,10 @@ fn all_problems_are_reported_at_once_in_order() {
 fn differences_are_one_line_each() {
     let old = parse(LAB).unwrap();
     assert!(diff(&old, &old).is_empty());
-    let text = LAB
-        .replace("vid = 2", "vid = 3")
-        .replace("name = \"taro\"", "name = \"jiro\"")
-        .replace("router_address = \"10.1.0.1\"\n[[network]]", "router_address = \"10.1.0.1\"\nrouter_mac = \"02:00:00:00:09:09\"\n[[network]]");
+    let text = LAB.replace("vid = 2", "vid = 3").replace("name = \"taro\"", "name = \"jiro\"").replace(
+        "router_address = \"10.1.0.1\"\n[[network]]",
+        "router_address = \"10.1.0.1\"\nrouter_mac = \"02:00:00:00:09:09\"\n[[network]]",
+    );
     let changes: Vec<String> = diff(&old, &parse(&text).unwrap()).iter().map(Change::to_string).collect();
     assert_eq!(
         changes,

@@ -217,7 +217,9 @@ fn label(state: &State) -> String {
         State::Resuming { stuck } => format!("Resuming{}", if stuck.is_some() { "!" } else { "" }),
         State::Ending { open } => format!("Ending({})", letters(open)),
         State::Completed { open } => format!("Completed({})", letters(open)),
-        State::Aborting { frozen, open } => format!("Aborting{}({})", if *frozen { 2 } else { 1 }, letters(open)),
+        State::Aborting { frozen, open } => {
+            format!("Aborting{}({})", if *frozen { 2 } else { 1 }, letters(open))
+        }
         State::RolledBack { open } => format!("RolledBack({})", letters(open)),
         State::SourceDead { open } => format!("SourceDead({})", letters(open)),
         State::Refused => "Refused".into(),
@@ -364,7 +366,6 @@ fn without_users_to_switch_no_gateway_is_asked() {
     }
 }
 
-
 #[test]
 fn findings_of_the_plan_count_too() {
     let mut plan = Arc::unwrap_or_clone(plan(&["gw"], Policy::Late));
@@ -381,7 +382,8 @@ fn a_service_that_is_neither_here_nor_there_needs_an_operator() {
     // it is not given up: the same commands stay outstanding, and their answers still count
     let plan = plan(&["gw"], Policy::Late);
     assert!(outstanding(&plan, &aborting).contains(&Command::Undo(Participant::Source)));
-    let back = next(&plan, &State::Aborting { frozen: true, open: open("sdg") }, &undone(Participant::Source, true));
+    let back =
+        next(&plan, &State::Aborting { frozen: true, open: open("sdg") }, &undone(Participant::Source, true));
     assert_eq!(back.unwrap(), State::RolledBack { open: open("dg") });
 }
 

@@ -1,0 +1,88 @@
+//! `handover sessions`: migrations so far and under way.
+
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use comfy_table::Cell;
+use handover_api::v1;
+
+use crate::{
+    connect::Where,
+    failure::{Exit, Refused},
+    migrate,
+    output::{self, Format, ago, ms, table, verdict},
+};
+
+/// Migrations so far and under way.
+#[derive(Debug, clap::Subcommand)]
+#[command(after_help = "Examples:\n  \
+    handover sessions list\n  \
+    handover sessions show film-1\n  \
+    handover sessions watch film-1   wait for its outcome; the exit code is that of `migrate --wait`")]
+pub enum Verb {
+    /// All of them, the oldest first.
+    List,
+    /// One of them: every step, its start and duration, who worked.
+    Show {
+        /// Its name, e.g. film-1.
+        id: String,
+    },
+    /// Follows one to its outcome.
+    Watch {
+        /// Its name, e.g. film-1.
+        id: String,
+    },
+}
+
+/// # Errors
+/// The controller cannot be asked, or there is no such session.
+pub async fn run(verb: Verb, to: &Where, format: Format) -> anyhow::Result<Exit> {
+    let mut client = to.connect().await?;
+    match verb {
+        Verb::List => {
+            let answer = client.list_sessions(v1::ListSessionsRequest {}).await.map_err(Refused::from)?;
+            list(&answer.into_inner().sessions, format)?;
+        }
+        Verb::Show { id } => {
+            let answer =
+                client.get_session(v1::GetSessionRequest { session: id }).await.map_err(Refused::from)?;
+            let session = answer.into_inner();
+            match format {
+                Format::Json => output::print_json(&output::session_json(&session)?)?,
+                Format::Table => output::print(&output::session_text(&session))?,
+            }
+        }
+        Verb::Watch { id } => return migrate::watch(client, to, &id, None, format).await,
+    }
+    Ok(Exit::Done)
+}
+
+fn list(sessions: &[v1::Session], format: Format) -> anyhow::Result<()> {
+    if format == Format::Json {
+        let all = sessions.iter().map(output::session_json).collect::<anyhow::Result<Vec<_>>>()?;
+        return output::print_json(&all.into());
+    }
+    if sessions.is_empty() {
+        eprintln!("no sessions yet: `handover migrate SERVICE --to SITE`");
+        return Ok(());
+    }
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let rows = sessions.iter().map(|s| {
+        vec![
+            Cell::new(&s.id),
+            Cell::new(&s.service),
+            Cell::new(&s.from_site),
+            Cell::new(&s.to_site),
+            Cell::new(s.users.len()),
+            verdict(output::outcome(s)),
+            Cell::new(if s.frozen_us == 0 { "-".into() } else { ms(s.frozen_us) }),
+            Cell::new(format!("{} ago", ago(now.saturating_sub(Duration::from_millis(s.requested_at_ms))))),
+            Cell::new(if s.failed_step.is_empty() {
+                s.pending.join("; ")
+            } else {
+                format!("{}: {}", s.failed_step, s.reason)
+            }),
+        ]
+    });
+    let header = ["SESSION", "SERVICE", "FROM", "TO", "USERS", "OUTCOME", "FROZEN (ms)", "REQUESTED", "NOTE"];
+    output::print(&table(&header, &[4, 6], rows.collect()))
+}

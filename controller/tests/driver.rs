@@ -1,0 +1,437 @@
+//! The driver against peers that fail at every step: what is undone, what is retried, what is remembered.
+
+mod support;
+
+use std::{
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
+
+use handover_api::v1;
+use handover_controller::{
+    controller::{Controller, MigrateError},
+    report,
+    session::{Outcome, Policy, Session, State},
+    triggers::Request,
+    world::RequestError,
+};
+use support::{Fault, Fixture};
+use tokio::time::timeout;
+use tonic::Code;
+
+const PATIENCE: Duration = Duration::from_secs(40);
+
+fn request(to: &str, policy: Policy) -> Request {
+    Request {
+        service: "film".into(),
+        to_site: to.into(),
+        users: Vec::new(),
+        policy,
+        allow_other_peers: false,
+        trigger: "operator".into(),
+    }
+}
+
+async fn controller(f: &Fixture) -> Arc<Controller> {
+    let controller = Controller::open(&f.path("state"), f.tls()).unwrap();
+    let (_, _, notes) = controller.apply(&f.inventory, false).await.unwrap();
+    assert!(notes.is_empty(), "{notes:?}");
+    controller
+}
+
+/// Waits for the session to be as `wanted`.
+async fn until(c: &Controller, id: &str, wanted: impl Fn(&Session) -> bool) -> Session {
+    let mut changes = c.changes();
+    let wait = async {
+        loop {
+            let session = c.session(id).unwrap();
+            if wanted(&session) {
+                return session;
+            }
+            changes.changed().await.unwrap();
+        }
+    };
+    match timeout(PATIENCE, wait).await {
+        Ok(session) => session,
+        Err(_) => panic!("session {id} stays {:?}", c.session(id).unwrap().state),
+    }
+}
+
+async fn over(c: &Controller, id: &str) -> v1::Session {
+    report::session(&until(c, id, |s| s.state.outcome() != Outcome::Running).await)
+}
+
+async fn settled(c: &Controller, id: &str) -> v1::Session {
+    report::session(&until(c, id, |s| s.outstanding().is_empty()).await)
+}
+
+fn place(c: &Controller) -> (String, String) {
+    let world = c.snapshot();
+    (world.services["film"].site.clone(), world.users["taro"].clone())
+}
+
+fn here() -> (String, String) {
+    ("main".into(), "net1".into())
+}
+
+fn there() -> (String, String) {
+    ("backup".into(), "net2".into())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forth_and_back() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    assert_eq!(place(&c), here());
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    assert_eq!(id, "film-1");
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed, "{s:#?}");
+    let mut calls = f.stage.calls();
+    calls[..2].sort(); // in parallel
+    calls[6..].sort();
+    assert_eq!(
+        calls,
+        [
+            "gw stage film-1",
+            "main-server prepare film-1",
+            "main-server freeze film-1",
+            "gw switch film-1",
+            "main-server yield film-1",
+            "backup-server resume film-1",
+            "gw finish film-1",
+            "main-server end film-1",
+        ]
+    );
+    assert_eq!(place(&c), there());
+    assert_eq!(f.gateway.network_of("taro"), "net2");
+    assert_eq!(c.snapshot().services["film"].pid, 4711);
+
+    let names: Vec<&str> = s.steps.iter().map(|s| s.name.as_str()).collect();
+    for name in report::STEPS {
+        assert!(names.contains(&name), "no step {name} in {names:?}");
+    }
+    assert!(s.steps.iter().all(|s| s.state == "done"), "{s:#?}");
+    let step = |name: &str| s.steps.iter().find(|s| s.name == name).unwrap();
+    assert_eq!(step("dump").started_us, step("freeze").started_us + 30);
+    assert_eq!(step("restore").actor, "migrator backup-server");
+    let resumed = step("resume").started_us + step("resume").took_us;
+    assert_eq!(s.frozen_us, resumed - step("dump").started_us);
+    assert_eq!((s.switch_window_ns, s.image_bytes, s.connections), (Some(2500), 5 << 20, 1));
+
+    let id = c.migrate(&request("main", Policy::Late)).await.unwrap();
+    assert_eq!(id, "film-2");
+    assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed);
+    assert_eq!(place(&c), here());
+    assert_eq!(f.gateway.network_of("taro"), "net1");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_refusal_at_any_step_before_the_decision_undoes_everything() {
+    for (who, step, why, failed_step) in [
+        ("gw", "stage", "no router answers in VLAN 2", "stage"),
+        ("main-server", "prepare", "backup-server does not answer", "prepare"),
+        ("main-server", "freeze", "dump: socket of a kind CRIU cannot take", "dump"),
+        ("main-server", "freeze", "restore: backup-server: pid 4711 is taken", "restore"),
+        ("gw", "switch", "not what was staged", "switch"),
+        ("main-server", "yield", "it has gone back alone", "yield"),
+    ] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        f.stage.fault(&format!("{who} {step}"), Fault::Refuse(Code::FailedPrecondition, why));
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let s = settled(&c, &id).await;
+        assert_eq!(s.outcome(), v1::Outcome::RolledBack, "{step}: {s:#?}");
+        assert_eq!((s.failed_step.as_str(), s.reason.as_str()), (failed_step, why));
+        assert!(s.pending.is_empty(), "{step}: {:?}", s.pending);
+        f.no_contradiction(&id);
+        for undone in ["gw abort film-1", "main-server abort film-1", "backup-server abort film-1"] {
+            assert_eq!(f.stage.count(undone), 1, "{step}: {:?}", f.stage.calls());
+        }
+        assert_eq!(place(&c), here());
+        assert_eq!(f.gateway.network_of("taro"), "net1");
+        // a refusal is not a lost answer: nobody was asked twice
+        assert_eq!(f.stage.count(&format!("{who} {step} film-1")), 1);
+        // and the next one succeeds
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed, "after {step}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_is_asked_for_again() {
+    for (who, step) in [
+        ("gw", "stage"),
+        ("main-server", "prepare"),
+        ("main-server", "freeze"),
+        ("gw", "switch"),
+        ("main-server", "yield"),
+        ("backup-server", "resume"),
+        ("main-server", "end"),
+        ("gw", "finish"),
+    ] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        f.stage.fault(&format!("{who} {step}"), Fault::LoseAnswer);
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let s = settled(&c, &id).await;
+        assert_eq!(s.outcome(), v1::Outcome::Completed, "{step}: {s:#?}");
+        assert_eq!(f.stage.count(&format!("{who} {step} film-1")), 2, "{step}: {:?}", f.stage.calls());
+        f.no_contradiction(&id);
+        assert_eq!(place(&c), there());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_answer_of_an_undo_is_asked_for_again() {
+    for who in ["gw", "main-server", "backup-server"] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        f.stage.fault("main-server yield", Fault::Refuse(Code::Aborted, "it has gone back alone"));
+        f.stage.fault(&format!("{who} abort"), Fault::LoseAnswer);
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let s = settled(&c, &id).await;
+        assert_eq!(s.outcome(), v1::Outcome::RolledBack, "{who}: {s:#?}");
+        assert_eq!(f.stage.count(&format!("{who} abort film-1")), 2);
+        assert_eq!(f.gateway.network_of("taro"), "net1");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_does_not_answer_at_the_switch_is_not_waited_for() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("gw switch", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "switch"));
+    assert_eq!(s.reason, "no answer within 3 s");
+    f.no_contradiction(&id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_lost_before_the_switch_stays_pending_until_it_is_back() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("main-server freeze", Fault::ThenDown("gw"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = over(&c, &id).await;
+    assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "switch"));
+    assert_eq!(s.pending.len(), 1, "{s:#?}");
+    assert!(s.pending[0].starts_with("gateway gw: abort ("), "{:?}", s.pending);
+    assert_eq!(place(&c), here());
+
+    let err = c.migrate(&request("backup", Policy::Late)).await.unwrap_err();
+    let MigrateError::Request(e @ RequestError::Pending { .. }) = err else { panic!("{err}") };
+    assert_eq!(
+        e.to_string(),
+        "session film-1 of service film still waits for gateway gw; bring it back, or remove it from the inventory if it is gone for good"
+    );
+    let err = c.apply(&f.inventory.replace("vid = 2", "vid = 3"), false).await;
+    assert!(err.is_ok(), "a session that is over holds nothing back: {err:?}");
+
+    f.stage.door("gw").up();
+    let s = settled(&c, &id).await;
+    assert!(s.pending.is_empty());
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn after_the_decision_everything_is_retried_until_done() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    for _ in 0..3 {
+        f.stage.fault("backup-server resume", Fault::Refuse(Code::Internal, "no"));
+        f.stage.fault("gw finish", Fault::Refuse(Code::Internal, "no"));
+        f.stage.fault("main-server end", Fault::Refuse(Code::FailedPrecondition, "no"));
+    }
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed);
+    for call in ["backup-server resume film-1", "gw finish film-1", "main-server end film-1"] {
+        assert_eq!(f.stage.count(call), 4, "{call}");
+    }
+    f.no_contradiction(&id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_disaster_losing_the_source_after_its_vote_rolls_forward() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("gw switch", Fault::ThenDown("main-server"));
+    let id = c.migrate(&request("backup", Policy::Disaster)).await.unwrap();
+    let s = over(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed, "{s:#?}");
+    assert!(s.pending[0].starts_with("migrator main-server: end ("), "{:?}", s.pending);
+    assert_eq!(f.stage.count("main-server yield film-1"), 0);
+    assert_eq!(place(&c), there());
+    // the frozen original is ended as soon as its host is back
+    f.stage.door("main-server").up();
+    assert!(settled(&c, &id).await.pending.is_empty());
+    assert_eq!(f.stage.count("main-server end film-1"), 1);
+    f.no_contradiction(&id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn losing_the_source_before_its_yield_rolls_back() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("gw switch", Fault::ThenDown("main-server"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    // the users are put back at once; whether the service runs, the source alone can say
+    let s = until(&c, &id, |s| s.state.open().is_some_and(|o| o.len() == 1)).await;
+    assert_eq!(f.gateway.network_of("taro"), "net1");
+    assert!(matches!(s.state, State::Aborting { frozen: true, .. }), "{:?}", s.state);
+    let s = over(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::NeedsOperator);
+    f.stage.door("main-server").up();
+    let s = settled(&c, &id).await;
+    assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "yield"));
+    f.no_contradiction(&id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_has_nothing_left_to_thaw_needs_an_operator() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.main.alive.store(false, Ordering::SeqCst);
+    f.stage.fault("gw switch", Fault::Refuse(Code::Internal, "no"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = over(&c, &id).await;
+    assert_eq!((s.outcome(), s.state.as_str()), (v1::Outcome::NeedsOperator, "source-dead"));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_error_found_by_preflight_refuses_and_touches_nothing() {
+    for who in ["gw", "main-server", "backup-server"] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        let finding = v1::Finding {
+            severity: v1::finding::Severity::Error.into(),
+            code: "bad".into(),
+            reporter: who.into(),
+            message: "pid 4711 is taken".into(),
+            remedy: "end it".into(),
+        };
+        f.stage.find(who, finding.clone());
+        let (_, findings) = c.rehearse(&request("backup", Policy::Late)).await.unwrap();
+        assert_eq!(findings.iter().map(report::finding).collect::<Vec<_>>(), [finding.clone()]);
+        assert!(c.snapshot().sessions.is_empty(), "a rehearsal leaves no session");
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let s = over(&c, &id).await;
+        assert_eq!((s.outcome(), s.findings), (v1::Outcome::Refused, vec![finding]));
+        assert!(f.stage.calls().is_empty(), "{:?}", f.stage.calls());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_daemon_that_cannot_be_reached_is_found_by_preflight() {
+    for who in ["gw", "main-server", "backup-server"] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        f.stage.door(who).down();
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let s = over(&c, &id).await;
+        assert_eq!(s.outcome(), v1::Outcome::Refused, "{who}");
+        let role = if who == "gw" { "gateway" } else { "migrator" };
+        let found = s.findings.iter().find(|f| f.code == "unreachable").unwrap();
+        assert!(found.message.starts_with(&format!("{role} {who} cannot be reached: ")), "{}", found.message);
+        assert!(f.stage.calls().is_empty());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_session_at_a_time() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("main-server freeze", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    f.stage.until_called("main-server freeze").await;
+    let err = c.migrate(&request("backup", Policy::Late)).await.unwrap_err();
+    assert_eq!(
+        err.to_string(),
+        "service film is in session film-1 (freezing); wait for it: `handover sessions watch film-1`"
+    );
+    // what the session needs can be neither removed nor changed
+    let inventory = f.inventory.replace("vid = 2", "vid = 3").replace("^film-server ", "^film ");
+    let err = c.apply(&inventory, false).await.unwrap_err().to_string();
+    assert!(err.contains("network net2 cannot be changed: session film-1 is under way (freezing)"), "{err}");
+    assert!(err.contains("service film cannot be changed"), "{err}");
+    let users = f.inventory.find("[[user]]").unwrap();
+    let services = f.inventory.find("[[service]]").unwrap();
+    let without = format!("{}{}", &f.inventory[..users], &f.inventory[services..]);
+    let err = c.apply(&without, false).await.unwrap_err().to_string();
+    assert!(err.contains("user taro cannot be removed: session film-1"), "{err}");
+    // stopping aborts what is undecided
+    c.stop(PATIENCE).await;
+    let s = over(&c, &id).await;
+    assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "freeze"));
+    assert_eq!(s.reason, "the controller was stopped before the decision");
+    assert!(matches!(c.migrate(&request("backup", Policy::Late)).await, Err(MigrateError::Stopping)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_started_again_is_told_where_its_users_are() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    settled(&c, &id).await;
+    f.gateway.reboot();
+    let told = async {
+        while f.gateway.state.lock().unwrap().users.is_empty() {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(Duration::from_secs(5), told).await.expect("configured within a few seconds");
+    assert_eq!(f.gateway.network_of("taro"), "net2");
+    let configured = f.gateway.state.lock().unwrap().configured;
+    tokio::time::sleep(Duration::from_millis(2500)).await;
+    assert_eq!(f.gateway.state.lock().unwrap().configured, configured, "and not again and again");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_gateway_that_forgot_the_switch_is_switched_again() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("backup-server resume", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    f.stage.until_called("backup-server resume").await;
+    f.gateway.reboot();
+    // a configuration of before the decision arrives late
+    f.gateway.state.lock().unwrap().users.insert("taro".into(), "net1".into());
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed);
+    assert_eq!(f.gateway.network_of("taro"), "net2");
+    assert_eq!(f.stage.count("gw finish film-1-again"), 1, "{:?}", f.stage.calls());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_journal_brings_everything_back() {
+    let f = Fixture::start().await;
+    let before = {
+        let c = controller(&f).await;
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        settled(&c, &id).await;
+        f.stage.fault("gw stage", Fault::Refuse(Code::Internal, "no"));
+        let id = c.migrate(&request("main", Policy::Late)).await.unwrap();
+        settled(&c, &id).await;
+        c.snapshot()
+    };
+    // the first controller's tasks let go of the journal within a second
+    let open = async {
+        loop {
+            if let Ok(c) = Controller::open(&f.path("state"), f.tls()) {
+                return c;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    let c = timeout(Duration::from_secs(10), open).await.unwrap();
+    assert_eq!(c.snapshot(), before);
+    assert_eq!(place(&c), there());
+    // applying the same again moves nothing and is no new revision
+    let (revision, changes, _) = c.apply(&f.inventory, false).await.unwrap();
+    assert_eq!((revision, changes.len()), (1, 0));
+    assert_eq!(place(&c), there());
+}

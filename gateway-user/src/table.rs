@@ -913,4 +913,4 @@ fn same_users(staged: &[Arc<str>], named: &[String]) -> bool {
 }
 
 #[cfg(test)]
-mod tests {}
+mod tests;

@@ -454,7 +454,7 @@ fn the_window_is_from_the_store_to_the_last_frame_under_the_old_network() {
 
 #[test]
 fn after_the_window_no_frame_goes_under_the_old_network_however_fast_they_come() {
-    const FLIPS: usize = 20_000;
+    const FLIPS: usize = 5_000;
     let mut rig = Rig::new();
     let staged = rig.stage("m", &["taro"], "net1", "net2");
     let word = |selector| SwitchWord::forward(selector, staged.generation);

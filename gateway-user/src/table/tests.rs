@@ -1,0 +1,465 @@
+//! The table's specification: every call in every state, and what the maps say after it.
+
+use std::collections::HashMap;
+
+use handover_api::v1;
+
+use super::*;
+
+const VIRTUAL: Mac = Mac([2, 0x48, 0x4f, 0, 0, 1]);
+
+/// The maps, as far as they decide on a user's network.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+struct Maps {
+    words: HashMap<u32, u64>,
+    switches: HashMap<u16, u64>,
+    macs: HashMap<Mac, u32>,
+    addresses: HashMap<Ipv4Addr, u32>,
+    links: HashMap<u16, u64>,
+    routers: HashMap<u16, u64>,
+    vids: HashMap<u16, u16>,
+}
+
+impl Maps {
+    fn apply(&mut self, writes: &[Write]) {
+        for write in writes {
+            match *write {
+                Write::UserWord { slot, word } => {
+                    self.words.insert(slot, word.0);
+                }
+                Write::UserIdentity { .. } | Write::NetworkAddress { .. } => {}
+                Write::AddMac { mac, slot, .. } => {
+                    assert_eq!(self.macs.insert(mac, slot), None, "{mac} is given twice on the way");
+                }
+                Write::RemoveMac { mac, .. } => {
+                    self.macs.remove(&mac);
+                }
+                Write::AddAddress { address, slot } => {
+                    assert_eq!(
+                        self.addresses.insert(address, slot),
+                        None,
+                        "{address} is given twice on the way"
+                    );
+                }
+                Write::RemoveAddress { address } => {
+                    self.addresses.remove(&address);
+                }
+                Write::Switch { index, word } => {
+                    self.switches.insert(index, word.0);
+                }
+                Write::NetworkRouter { index, router } => {
+                    self.routers.insert(index, router.0);
+                }
+                Write::NetworkLink { index, link } => {
+                    self.links.insert(index, link.0);
+                }
+                Write::Vid { vid, index } => {
+                    self.vids.insert(vid, index);
+                }
+            }
+        }
+    }
+
+    /// The VID a frame of `mac` gets now.
+    fn vid(&self, mac: Mac) -> u16 {
+        let word = UserWord(self.words[&self.macs[&mac]]);
+        let switch = self.switches.get(&(word.switch() as u16)).map_or(SwitchWord::REST, |w| SwitchWord(*w));
+        let network = word.select(switch).expect("word and switch agree").network;
+        Link(self.links[&network]).vid()
+    }
+}
+
+#[derive(Clone)]
+struct World {
+    table: Table,
+    maps: Maps,
+}
+
+const TARO: Mac = Mac([2, 0, 0, 0, 1, 1]);
+const HANAKO: Mac = Mac([2, 0, 0, 0, 1, 2]);
+const JIRO: Mac = Mac([2, 0, 0, 0, 1, 3]);
+
+fn user(name: &str, n: u8, network: &str) -> v1::User {
+    v1::User {
+        name: name.into(),
+        mac: Mac([2, 0, 0, 0, 1, n]).to_string(),
+        addresses: vec![format!("10.1.0.{}", 100 + n)],
+        network: network.into(),
+    }
+}
+
+fn inventory() -> v1::ConfigureRequest {
+    let network = |name: &str, vid, router: &str| v1::Network {
+        name: name.into(),
+        vid: Some(vid),
+        router_address: router.into(),
+        router_mac: None,
+    };
+    v1::ConfigureRequest {
+        revision: 5,
+        networks: vec![
+            network("net1", 1, "10.1.0.1"),
+            network("net2", 2, "10.1.0.1"),
+            network("net3", 3, "10.1.0.1"),
+            network("else", 4, "10.9.0.1"),
+        ],
+        users: vec![user("taro", 1, "net1"), user("hanako", 2, "net1"), user("jiro", 3, "net2")],
+    }
+}
+
+fn names(users: &[&str]) -> Vec<String> {
+    users.iter().map(ToString::to_string).collect()
+}
+
+const BOTH: &[&str] = &["hanako", "taro"];
+
+impl World {
+    fn new() -> Self {
+        let mut world = Self { table: Table::new(8), maps: Maps::default() };
+        world.configure(&inventory()).unwrap();
+        world
+    }
+
+    fn configure(&mut self, request: &v1::ConfigureRequest) -> Result<(), Refusal> {
+        let (table, writes, retired) = self.table.configured(&Desired::new(request, VIRTUAL).unwrap())?;
+        self.maps.apply(&writes);
+        self.table = table;
+        self.table.reuse(retired);
+        Ok(())
+    }
+
+    fn begin(&mut self, migration: &str, users: &[&str], from: &str, to: &str) -> Result<StageStep, Refusal> {
+        self.table.stage_begin(migration, &names(users), from, to)
+    }
+
+    fn write(&mut self, migration: &str) -> Result<StageAnswer, Refusal> {
+        let (writes, answer) = self.table.stage_write(migration)?;
+        self.maps.apply(&writes);
+        Ok(answer)
+    }
+
+    fn stage(
+        &mut self,
+        migration: &str,
+        users: &[&str],
+        from: &str,
+        to: &str,
+    ) -> Result<StageAnswer, Refusal> {
+        match self.begin(migration, users, from, to)? {
+            StageStep::Done(answer) => Ok(answer),
+            StageStep::Introduce { .. } => self.write(migration),
+        }
+    }
+
+    fn switch(
+        &mut self,
+        migration: &str,
+        staged: StageAnswer,
+        users: &[&str],
+        to: &str,
+    ) -> Result<SwitchAnswer, Refusal> {
+        match self.table.switch(migration, staged.switch.into(), staged.generation, &names(users), to)? {
+            SwitchStep::Done(answer) => Ok(answer),
+            SwitchStep::Store { index, word } => {
+                self.maps.apply(&[Write::Switch { index, word }]);
+                let answer = SwitchAnswer { window_ns: 7, store_latency_ns: 8 };
+                self.table.switched(migration, answer);
+                Ok(answer)
+            }
+        }
+    }
+
+    fn abort(&mut self, migration: &str) -> Result<bool, Refusal> {
+        let step = self.table.abort(migration)?;
+        self.maps.apply(&step.writes);
+        self.table.reuse(step.retired);
+        Ok(step.was_switched)
+    }
+
+    fn finish(&mut self, migration: &str) -> Result<(), Refusal> {
+        let (writes, retired) = self.table.finish(migration)?;
+        self.maps.apply(&writes);
+        self.table.reuse(retired);
+        Ok(())
+    }
+
+    fn vids(&self) -> [u16; 3] {
+        [TARO, HANAKO, JIRO].map(|mac| self.maps.vid(mac))
+    }
+}
+
+/// The states of migration `m`, by how they come about.
+const STATES: [&str; 6] = ["none", "staging", "staged", "switched", "aborted", "finished"];
+
+fn in_state(state: &str) -> (World, StageAnswer) {
+    let mut world = World::new();
+    let mut staged = StageAnswer { switch: 1, generation: 1, to: 2 };
+    if state == "none" {
+        return (world, staged);
+    }
+    world.begin("m", BOTH, "net1", "net2").unwrap();
+    if state != "staging" {
+        staged = world.write("m").unwrap();
+    }
+    if matches!(state, "switched" | "aborted" | "finished") {
+        world.switch("m", staged, BOTH, "net2").unwrap();
+    }
+    match state {
+        "aborted" => assert!(world.abort("m").unwrap()),
+        "finished" => world.finish("m").unwrap(),
+        _ => {}
+    }
+    (world, staged)
+}
+
+const OLD: [u16; 3] = [1, 1, 2];
+const NEW: [u16; 3] = [2, 2, 2];
+
+#[test]
+fn every_call_in_every_state() {
+    type Call = fn(&mut World, StageAnswer) -> Result<String, Refusal>;
+    let stage: Call =
+        |w, _| w.stage("m", BOTH, "net1", "net2").map(|a| format!("{}/{}", a.switch, a.generation));
+    let switch: Call = |w, s| w.switch("m", s, BOTH, "net2").map(|a| a.window_ns.to_string());
+    let abort: Call = |w, _| w.abort("m").map(|was| was.to_string());
+    let finish: Call = |w, _| w.finish("m").map(|()| "ok".into());
+
+    let m = || "m".to_string();
+    let (is, no) = (|text: &str| Ok(text.to_string()), Err);
+    #[rustfmt::skip]
+    let table: [(&str, Call, [(Result<String, Refusal>, [u16; 3]); 6]); 4] = [
+        // none, staging, staged, switched, aborted, finished: the answer, and where taro, hanako and jiro are after it
+        ("stage", stage, [
+            (is("1/1"), OLD), (is("1/1"), OLD), (is("1/1"), OLD), (is("1/1"), NEW),
+            (no(Refusal::Aborted(m())), OLD), (no(Refusal::Finished(m())), NEW),
+        ]),
+        ("switch", switch, [
+            (no(Refusal::NotStaged(m())), OLD), (no(Refusal::StillStaging(m())), OLD), (is("7"), NEW), (is("7"), NEW),
+            (no(Refusal::Aborted(m())), OLD), (is("7"), NEW),
+        ]),
+        ("abort", abort, [
+            (is("false"), OLD), (is("false"), OLD), (is("false"), OLD), (is("true"), OLD),
+            (is("true"), OLD), (no(Refusal::Finished(m())), NEW),
+        ]),
+        ("finish", finish, [
+            (is("ok"), OLD), (no(Refusal::StillStaging(m())), OLD), (no(Refusal::NotSwitched(m())), OLD), (is("ok"), NEW),
+            (no(Refusal::Aborted(m())), OLD), (is("ok"), NEW),
+        ]),
+    ];
+    for (name, call, answers) in table {
+        for (state, (answer, vids)) in STATES.into_iter().zip(answers) {
+            let (mut world, staged) = in_state(state);
+            assert_eq!(call(&mut world, staged), answer, "{name} when {state}");
+            assert_eq!(world.vids(), vids, "after {name} when {state}");
+            // and again: the same answer, nothing moves
+            assert_eq!(call(&mut world, staged), answer, "{name} twice when {state}");
+            assert_eq!(world.vids(), vids, "after {name} twice when {state}");
+        }
+    }
+}
+
+#[test]
+fn staging_moves_nobody_and_says_so() {
+    let (world, _) = in_state("staged");
+    let users: Vec<_> = world.table.users().collect();
+    assert_eq!(users[0], ("hanako", HANAKO, "net1", Some("m")));
+    assert_eq!(users[1], ("jiro", JIRO, "net2", None));
+    let (world, _) = in_state("switched");
+    assert_eq!(world.table.users().nth(2), Some(("taro", TARO, "net2", Some("m"))));
+    let view = world.table.switches().next().unwrap();
+    assert_eq!((view.state, view.from, view.to, view.users), ("switched", "net1", "net2", 2));
+    let (world, _) = in_state("finished");
+    assert_eq!(world.table.users().nth(2), Some(("taro", TARO, "net2", None)));
+    assert_eq!(world.table.switches().count(), 0);
+}
+
+#[test]
+fn a_stage_that_fails_leaves_nothing() {
+    let (mut world, _) = in_state("staging");
+    world.table.stage_failed("m");
+    assert_eq!(world.table.users().find(|u| u.3.is_some()), None);
+    assert_eq!(world.write("m"), Err(Refusal::NotStaged("m".into())), "a second call of it finds it gone");
+    world.stage("m", BOTH, "net1", "net3").unwrap();
+    // one that is written is not undone by a late failure of another call
+    world.table.stage_failed("m");
+    assert_eq!(world.table.switches().count(), 1);
+}
+
+#[test]
+fn an_abort_while_staging_wins() {
+    let (mut world, _) = in_state("staging");
+    world.abort("m").unwrap();
+    assert_eq!(world.write("m"), Err(Refusal::Aborted("m".into())));
+    assert_eq!(world.vids(), OLD);
+}
+
+#[test]
+fn an_abort_that_overtakes_its_stage_wins() {
+    let mut world = World::new();
+    assert_eq!(world.abort("m"), Ok(false));
+    assert_eq!(world.begin("m", BOTH, "net1", "net2"), Err(Refusal::Aborted("m".into())));
+}
+
+#[test]
+fn what_cannot_be_staged_is_named() {
+    let (mut world, _) = in_state("staged");
+    #[rustfmt::skip]
+    let cases: [(&[&str], &str, &str, Refusal); 9] = [
+        (&[], "net1", "net2", Refusal::NoUsers("x".into())),
+        (&["saburo"], "net1", "net2", Refusal::UnknownUser("saburo".into())),
+        (&["jiro"], "net2", "net9", Refusal::UnknownNetwork("net9".into())),
+        (&["jiro"], "net9", "net2", Refusal::UnknownNetwork("net9".into())),
+        (&["jiro"], "net2", "net2", Refusal::SameNetwork("net2".into())),
+        (&["jiro", "jiro"], "net2", "net1", Refusal::UserTwice("jiro".into())),
+        (&["jiro"], "net1", "net3", Refusal::Elsewhere { user: "jiro".into(), on: "net2".into(), from: "net1".into() }),
+        (&["taro"], "net1", "net3", Refusal::StagedByOther { user: "taro".into(), by: "m".into() }),
+        (&["jiro"], "net2", "else", Refusal::OtherRouter {
+            from: "net2".into(), from_address: Ipv4Addr::new(10, 1, 0, 1),
+            to: "else".into(), to_address: Ipv4Addr::new(10, 9, 0, 1),
+        }),
+    ];
+    for (users, from, to, refusal) in cases {
+        let before = world.maps.clone();
+        assert_eq!(world.stage("x", users, from, to), Err(refusal));
+        assert_eq!(world.maps, before);
+        assert_eq!(world.table.switches().count(), 1);
+    }
+    // all of it at once, for a preflight
+    assert_eq!(world.table.check("x", &names(&["saburo", "taro"]), "net1", "net9").len(), 3);
+}
+
+#[test]
+fn a_switch_has_to_name_what_was_staged() {
+    let (mut world, staged) = in_state("staged");
+    let differs = |what| Err(Refusal::Differs { migration: "m".into(), what });
+    let other = StageAnswer { generation: staged.generation + 1, ..staged };
+    assert_eq!(world.switch("m", other, BOTH, "net2"), differs("switch or generation"));
+    let other = StageAnswer { switch: staged.switch + 1, ..staged };
+    assert_eq!(world.switch("m", other, BOTH, "net2"), differs("switch or generation"));
+    assert_eq!(world.switch("m", staged, BOTH, "net3"), differs("networks"));
+    assert_eq!(world.switch("m", staged, &["taro"], "net2"), differs("users"));
+    assert_eq!(world.switch("m", staged, &["taro", "taro"], "net2"), differs("users"));
+    assert_eq!(world.switch("x", staged, BOTH, "net2"), Err(Refusal::NotStaged("x".into())));
+    assert_eq!(world.vids(), OLD);
+    assert_eq!(world.stage("m", &["taro"], "net1", "net2"), differs("users").map(|_| staged));
+    assert_eq!(world.stage("m", BOTH, "net1", "net3"), differs("networks").map(|_| staged));
+    // the order of users does not matter
+    assert_eq!(world.stage("m", &["taro", "hanako"], "net1", "net2"), Ok(staged));
+    world.switch("m", staged, &["taro", "hanako"], "net2").unwrap();
+    assert_eq!(world.vids(), NEW);
+}
+
+#[test]
+fn a_switch_used_again_has_another_generation() {
+    let (mut world, first) = in_state("finished");
+    let second = world.stage("n", BOTH, "net2", "net1").unwrap();
+    assert_eq!(second.switch, first.switch);
+    assert_ne!(second.generation, first.generation);
+    assert_eq!(world.vids(), NEW, "the old selector is not the new switch's");
+}
+
+#[test]
+fn indices_wait_for_their_grace_period() {
+    let (mut world, first) = in_state("switched");
+    let (writes, retired) = world.table.finish("m").unwrap();
+    world.maps.apply(&writes);
+    let second = world.stage("n", BOTH, "net2", "net1").unwrap();
+    assert_ne!(second.switch, first.switch);
+    world.table.reuse(retired);
+    assert_eq!(world.stage("o", &["jiro"], "net2", "net1").unwrap().switch, first.switch);
+}
+
+#[test]
+fn configure_keeps_users_where_they_are() {
+    let (mut world, _) = in_state("finished");
+    world.configure(&inventory()).unwrap();
+    assert_eq!(world.vids(), NEW, "the same again: net1 in the request is only for a user not known yet");
+    let mut request = inventory();
+    request.revision = 4;
+    assert_eq!(world.configure(&request), Err(Refusal::OldRevision { revision: 4, accepted: 5 }));
+}
+
+#[test]
+fn configure_does_not_touch_what_is_staged() {
+    type Spoil = fn(&mut v1::ConfigureRequest);
+    let cases: [(Spoil, &str, &str, &str); 5] = [
+        (|r| r.users.retain(|u| u.name != "taro"), "user", "taro", "would be removed"),
+        (|r| r.users[0].mac = "02:00:00:00:09:09".into(), "user", "taro", "would be changed"),
+        (|r| r.users[1].addresses.push("10.1.0.7".into()), "user", "hanako", "would be changed"),
+        (|r| r.networks[1].vid = Some(9), "network", "net2", "would be changed"),
+        (|r| drop(r.networks.remove(1)), "network", "net2", "would be removed"),
+    ];
+    for state in ["staging", "staged", "switched"] {
+        for (spoil, what, name, would) in cases {
+            let (mut world, _) = in_state(state);
+            let mut request = inventory();
+            request.users.retain(|u| u.name != "jiro");
+            spoil(&mut request);
+            let refusal = Refusal::InUse { what, name: name.into(), would, migration: "m".into() };
+            assert_eq!(world.configure(&request), Err(refusal), "{state}");
+        }
+        // everything else may change
+        let (mut world, _) = in_state(state);
+        let mut request = inventory();
+        request.users.retain(|u| u.name != "jiro");
+        request.users.push(user("saburo", 4, "net3"));
+        request.networks.remove(3);
+        world.configure(&request).unwrap();
+    }
+}
+
+#[test]
+fn users_can_swap_addresses() {
+    let mut world = World::new();
+    let mut request = inventory();
+    let (first, rest) = request.users.split_at_mut(1);
+    std::mem::swap(&mut first[0].mac, &mut rest[1].mac);
+    std::mem::swap(&mut first[0].addresses, &mut rest[0].addresses);
+    world.configure(&request).unwrap();
+    assert_eq!(world.vids(), [2, 1, 1], "taro and jiro have each other's MAC");
+    assert_eq!(world.maps.addresses.len(), 3);
+}
+
+#[test]
+fn there_is_room_for_as_many_users_as_configured_even_if_all_are_replaced() {
+    let mut world = World { table: Table::new(3), maps: Maps::default() };
+    for round in 0..10_u8 {
+        let mut request = inventory();
+        for (i, user) in request.users.iter_mut().enumerate() {
+            user.name = format!("{}-{round}", user.name);
+            user.mac = Mac([2, 0, 0, 0, round + 1, i as u8]).to_string();
+        }
+        world.configure(&request).unwrap();
+        assert_eq!(world.maps.macs.len(), 3);
+    }
+    let mut request = inventory();
+    request.users.push(user("saburo", 4, "net1"));
+    assert_eq!(world.configure(&request), Err(Refusal::Users { wanted: 4, limit: 3 }));
+}
+
+#[test]
+fn routers_are_learned_unless_configured() {
+    let mut world = World::new();
+    let r = Ipv4Addr::new(10, 1, 0, 1);
+    let router = Mac([2, 0, 0, 0, 0x0a, 1]);
+    assert_eq!(world.table.unknown_routers().len(), 2, "of networks with users");
+    assert_eq!(world.table.heard(9, r, router), None);
+    assert_eq!(world.table.heard(1, Ipv4Addr::new(10, 1, 0, 9), router), None);
+    let (index, write) = world.table.heard(1, r, router).unwrap();
+    assert_eq!(write, Some(Write::NetworkRouter { index, router: Router::at(router.word()) }));
+    assert_eq!(world.table.heard(1, r, router), Some((index, None)), "no news");
+    assert_eq!(world.table.unknown_routers().len(), 1);
+
+    let configured = Mac([2, 0, 0, 0, 0x0a, 9]);
+    let mut request = inventory();
+    request.networks[0].router_mac = Some(configured.to_string());
+    world.configure(&request).unwrap();
+    assert_eq!(world.maps.routers[&index], Router::at(configured.word()).0);
+    assert_eq!(world.table.heard(1, r, router), Some((index, None)));
+
+    // what was learned of a network is forgotten with its VID
+    let mut request = inventory();
+    request.networks[0].vid = Some(11);
+    world.configure(&request).unwrap();
+    assert_eq!(world.maps.routers[&index], Router::UNKNOWN.0);
+}

@@ -11,6 +11,7 @@ use std::{
     io::{self, Write as _},
     path::{Path, PathBuf},
     process,
+    sync::atomic::{AtomicU32, Ordering},
 };
 
 use anyhow::{Context as _, bail, ensure};
@@ -36,6 +37,7 @@ pub struct Lab {
     hosts: BTreeMap<String, Host>,
     cgroup: PathBuf,
     work: PathBuf,
+    next_index: AtomicU32,
     // last: released when everything is gone; holds the names of the directories made in the machine's file system
     lock: Flock<fs::File>,
 }
@@ -100,7 +102,13 @@ impl Lab {
         remove_leftovers(&root)?;
         remove_leftovers(&programs)?;
         let name = format!("handover-lab-{}", process::id());
-        let lab = Self { hosts: BTreeMap::new(), cgroup: root.join(&name), work: programs.join(&name), lock };
+        let lab = Self {
+            hosts: BTreeMap::new(),
+            cgroup: root.join(&name),
+            work: programs.join(&name),
+            next_index: AtomicU32::new(10),
+            lock,
+        };
         for dir in [&lab.cgroup, &lab.work] {
             fs::create_dir(dir).with_context(|| format!("creating {}", dir.display()))?;
         }
@@ -152,12 +160,20 @@ impl Lab {
         &self.work
     }
 
-    /// Joins two hosts by a veth pair; both ends are up.
+    /// Joins two hosts by a veth pair; both ends are up. No two interfaces of the lab have the same index: where a veth's
+    /// index equals its peer's, the kernel takes it for one end and lets its carrier wait for up to a second.
     ///
     /// # Errors
     /// With what `ip` says.
     pub fn link(&self, a: (&Host, &str), b: (&Host, &str)) -> anyhow::Result<()> {
-        a.0.ip(&format!("link add name {} type veth peer name {} netns {}", a.1, b.1, b.0.pid()))?;
+        let index = self.next_index.fetch_add(2, Ordering::Relaxed);
+        a.0.ip(&format!(
+            "link add name {} index {index} type veth peer name {} index {} netns {}",
+            a.1,
+            b.1,
+            index + 1,
+            b.0.pid()
+        ))?;
         a.0.ip(&format!("link set {} up", a.1))?;
         b.0.ip(&format!("link set {} up", b.1))
     }

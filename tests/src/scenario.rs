@@ -155,7 +155,9 @@ impl Topology {
         }
         let ending = migration.wait()?;
         let client = client.more(FLOW).context("after the migration")?;
-        let vlan_after = capture.tag_after(capture.frames(), FRAME).context("after the migration")?;
+        let vlan_after = capture
+            .tag_after(capture.frames(), FRAME)
+            .with_context(|| format!("after the migration; {ending:?}, {client:?}"))?;
         Ok(Moved {
             ending,
             vlan: Change { before: vlan_before, after: vlan_after },

@@ -206,6 +206,8 @@ fn connect(path: &Path) -> Result<Connection, JournalError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let db = Connection::open_with_flags(path, flags).map_err(|e| refused(path, e))?;
     let pragma = |name: &str| db.query_row(&format!("PRAGMA {name}"), [], |r| r.get::<_, i64>(0));
+    // who has it has it for long: no use in waiting
+    db.busy_timeout(Duration::ZERO).map_err(|e| refused(path, e))?;
     // exclusive: also keeps a second controller out for as long as this one lives
     db.execute_batch("PRAGMA locking_mode = EXCLUSIVE").map_err(|e| refused(path, e))?;
     let id = pragma("application_id").map_err(|e| refused(path, e))?;

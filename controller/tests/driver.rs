@@ -1,5 +1,7 @@
 //! The driver against peers that fail at every step: what is undone, what is retried, what is remembered.
 
+#![allow(clippy::unwrap_used)] // clippy knows tests by their attribute, not their helpers
+
 mod support;
 
 use std::{
@@ -316,7 +318,8 @@ async fn an_error_found_by_preflight_refuses_and_touches_nothing() {
         };
         f.stage.find(who, finding.clone());
         let (_, findings) = c.rehearse(&request("backup", Policy::Late)).await.unwrap();
-        assert_eq!(findings.iter().map(report::finding).collect::<Vec<_>>(), [finding.clone()]);
+        let found: Vec<_> = findings.iter().map(report::finding).collect();
+        assert_eq!(found, std::slice::from_ref(&finding));
         assert!(c.snapshot().sessions.is_empty(), "a rehearsal leaves no session");
         let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
         let s = over(&c, &id).await;
@@ -434,4 +437,41 @@ async fn the_journal_brings_everything_back() {
     let (revision, changes, _) = c.apply(&f.inventory, false).await.unwrap();
     assert_eq!((revision, changes.len()), (1, 0));
     assert_eq!(place(&c), there());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_decision_that_cannot_be_written_is_none() {
+    let f = Fixture::start().await;
+    let database = || rusqlite::Connection::open(f.path("state/journal.db")).unwrap();
+    drop(handover_controller::journal::Journal::open(&f.path("state")).unwrap());
+    let full = "CREATE TRIGGER full BEFORE INSERT ON record WHEN NEW.body LIKE '%COMMIT%' \
+                BEGIN SELECT RAISE(ABORT, 'disk full'); END";
+    while database().execute_batch(full).is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let open = async || loop {
+        match Controller::open(&f.path("state"), f.tls()) {
+            Ok(c) => return c,
+            Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
+        }
+    };
+    let c = open().await;
+    c.apply(&f.inventory, false).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let fatal = timeout(PATIENCE, c.failed()).await.unwrap();
+    assert_eq!(fatal.to_string(), "appending to the journal: disk full");
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(f.stage.count("backup-server resume film-1"), 0);
+    assert_eq!(place(&c), here());
+    drop(c);
+    // the next start finds no decision
+    while database().execute_batch("DROP TRIGGER full").is_err() {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    let c = open().await;
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::RolledBack);
+    assert_eq!(s.reason, "the controller was restarted before the decision");
+    assert_eq!(place(&c), here());
+    f.no_contradiction(&id);
 }

@@ -156,7 +156,8 @@ impl Stage {
     ) -> Result<Response<T>, Status> {
         self.calls.lock().unwrap().push(format!("{who} {what} {migration}"));
         self.called.notify_waiters();
-        let fault = self.faults.lock().unwrap().get_mut(&format!("{who} {what}")).and_then(VecDeque::pop_front);
+        let fault =
+            self.faults.lock().unwrap().get_mut(&format!("{who} {what}")).and_then(VecDeque::pop_front);
         match fault {
             None => act().map(Response::new),
             Some(Fault::Refuse(code, why)) => Err(Status::new(code, why)),
@@ -246,7 +247,10 @@ impl Gateway for FakeGateway {
         }))
     }
 
-    async fn check_switch(&self, _: Request<v1::StageRequest>) -> Result<Response<v1::CheckResponse>, Status> {
+    async fn check_switch(
+        &self,
+        _: Request<v1::StageRequest>,
+    ) -> Result<Response<v1::CheckResponse>, Status> {
         Ok(Response::new(v1::CheckResponse { findings: self.stage.findings_of(&self.name) }))
     }
 
@@ -256,7 +260,10 @@ impl Gateway for FakeGateway {
             .call(&self.name, "stage", &r.migration, || {
                 let mut s = self.state.lock().unwrap();
                 if let Some(user) = r.users.iter().find(|u| s.users.get(*u) != Some(&r.from_network)) {
-                    return Err(Status::failed_precondition(format!("user {user} is not on {}", r.from_network)));
+                    return Err(Status::failed_precondition(format!(
+                        "user {user} is not on {}",
+                        r.from_network
+                    )));
                 }
                 s.staged.insert(r.migration.clone(), (r.from_network, r.to_network, r.users, false));
                 Ok(v1::StageResponse { switch: 1, generation: 7, router_mac: "02:00:00:00:00:01".into() })
@@ -264,7 +271,10 @@ impl Gateway for FakeGateway {
             .await
     }
 
-    async fn switch(&self, request: Request<v1::SwitchRequest>) -> Result<Response<v1::SwitchResponse>, Status> {
+    async fn switch(
+        &self,
+        request: Request<v1::SwitchRequest>,
+    ) -> Result<Response<v1::SwitchResponse>, Status> {
         let r = request.into_inner();
         self.stage
             .call(&self.name, "switch", &r.migration, || {
@@ -331,7 +341,9 @@ impl FakeMigrator {
         let mut state = self.state.lock().unwrap();
         let now = state.get(migration).copied().unwrap_or("");
         if now != to && !from.contains(&now) {
-            return Err(Status::failed_precondition(format!("migration {migration} is `{now}`, cannot become `{to}`")));
+            return Err(Status::failed_precondition(format!(
+                "migration {migration} is `{now}`, cannot become `{to}`"
+            )));
         }
         state.insert(migration.into(), to);
         Ok(())
@@ -339,7 +351,13 @@ impl FakeMigrator {
 }
 
 fn facts() -> v1::ProcessFacts {
-    v1::ProcessFacts { pid: 4711, tree: vec![4711], memory_bytes: 8 << 20, established: 1, ..Default::default() }
+    v1::ProcessFacts {
+        pid: 4711,
+        tree: vec![4711],
+        memory_bytes: 8 << 20,
+        established: 1,
+        ..Default::default()
+    }
 }
 
 fn timing(name: &str, started_us: u64, took_us: u64) -> v1::StepTiming {
@@ -380,7 +398,10 @@ impl Migrator for FakeMigrator {
         }))
     }
 
-    async fn prepare(&self, request: Request<v1::PrepareRequest>) -> Result<Response<v1::PrepareResponse>, Status> {
+    async fn prepare(
+        &self,
+        request: Request<v1::PrepareRequest>,
+    ) -> Result<Response<v1::PrepareResponse>, Status> {
         let r = request.into_inner();
         self.stage
             .call(&self.name, "prepare", &r.migration, || {
@@ -390,7 +411,10 @@ impl Migrator for FakeMigrator {
             .await
     }
 
-    async fn freeze(&self, request: Request<v1::FreezeRequest>) -> Result<Response<v1::FreezeResponse>, Status> {
+    async fn freeze(
+        &self,
+        request: Request<v1::FreezeRequest>,
+    ) -> Result<Response<v1::FreezeResponse>, Status> {
         let r = request.into_inner();
         let takes = *self.freeze.lock().unwrap();
         tokio::time::sleep(takes).await;
@@ -415,7 +439,10 @@ impl Migrator for FakeMigrator {
             .await
     }
 
-    async fn r#yield(&self, request: Request<v1::YieldRequest>) -> Result<Response<v1::YieldResponse>, Status> {
+    async fn r#yield(
+        &self,
+        request: Request<v1::YieldRequest>,
+    ) -> Result<Response<v1::YieldResponse>, Status> {
         let r = request.into_inner();
         self.stage
             .call(&self.name, "yield", &r.migration, || {
@@ -425,7 +452,10 @@ impl Migrator for FakeMigrator {
             .await
     }
 
-    async fn resume(&self, request: Request<v1::ResumeRequest>) -> Result<Response<v1::ResumeResponse>, Status> {
+    async fn resume(
+        &self,
+        request: Request<v1::ResumeRequest>,
+    ) -> Result<Response<v1::ResumeResponse>, Status> {
         let r = request.into_inner();
         self.stage
             .call(&self.name, "resume", &r.migration, || {
@@ -478,7 +508,8 @@ impl Fixture {
         let dir = tempfile::tempdir().unwrap();
         tls::init_authority(dir.path()).unwrap();
         let stage = Arc::new(Stage::default());
-        let gateway = Arc::new(FakeGateway { name: "gw".into(), stage: stage.clone(), state: Mutex::default() });
+        let gateway =
+            Arc::new(FakeGateway { name: "gw".into(), stage: stage.clone(), state: Mutex::default() });
         let migrator = |name: &str| {
             Arc::new(FakeMigrator {
                 name: name.into(),
@@ -496,8 +527,14 @@ impl Fixture {
         let mut inventory = include_str!("inventory.toml").to_owned();
         for (name, router) in [
             ("gw", server(Role::Gateway, "gw").add_service(GatewayServer::from_arc(gateway.clone()))),
-            ("main-server", server(Role::Migrator, "main-server").add_service(MigratorServer::from_arc(main.clone()))),
-            ("backup-server", server(Role::Migrator, "backup-server").add_service(MigratorServer::from_arc(backup.clone()))),
+            (
+                "main-server",
+                server(Role::Migrator, "main-server").add_service(MigratorServer::from_arc(main.clone())),
+            ),
+            (
+                "backup-server",
+                server(Role::Migrator, "backup-server").add_service(MigratorServer::from_arc(backup.clone())),
+            ),
         ] {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let door = Door::to(listener.local_addr().unwrap().to_string()).await;
@@ -522,12 +559,12 @@ impl Fixture {
         .unwrap()
     }
 
-    /// A configuration file for the daemon.
-    pub fn config(&self) -> PathBuf {
+    /// A configuration file for the daemon; `listen` for callers from elsewhere.
+    pub fn config(&self, listen: &str) -> PathBuf {
         let file = self.path("controller.toml");
         let d = self.dir.path().display();
         let text = format!(
-            "name = \"controller\"\nlisten = \"127.0.0.1:0\"\nsocket = \"{d}/controller.sock\"\nstate_dir = \"{d}/state\"\n\
+            "name = \"controller\"\nlisten = \"{listen}\"\nsocket = \"{d}/controller.sock\"\nstate_dir = \"{d}/state\"\n\
              [tls]\nca = \"{d}/ca.pem\"\ncert = \"{d}/controller-controller.pem\"\nkey = \"{d}/controller-controller.key\"\n"
         );
         std::fs::write(&file, text).unwrap();
@@ -537,10 +574,12 @@ impl Fixture {
     /// What no history may contain, whatever went wrong.
     pub fn no_contradiction(&self, migration: &str) {
         let calls = self.stage.calls();
-        let has = |what: &[&str]| calls.iter().any(|c| {
-            let mut words = c.split(' ').skip(1);
-            what.contains(&words.next().unwrap()) && words.next() == Some(migration)
-        });
+        let has = |what: &[&str]| {
+            calls.iter().any(|c| {
+                let mut words = c.split(' ').skip(1);
+                what.contains(&words.next().unwrap()) && words.next() == Some(migration)
+            })
+        };
         assert!(!(has(&["abort"]) && has(&["resume", "end", "finish"])), "{calls:?}");
     }
 }

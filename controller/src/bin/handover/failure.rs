@@ -27,10 +27,16 @@ impl From<Exit> for ExitCode {
     }
 }
 
-/// An answer of the controller that is an error.
+/// An answer of the controller that is an error; in its own words, so the status is no source of it.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", handover_controller::peers::words(.0))]
-pub struct Refused(#[from] Status);
+pub struct Refused(Status);
+
+impl From<Status> for Refused {
+    fn from(status: Status) -> Self {
+        Self(status)
+    }
+}
 
 /// The exit code an error ends with.
 pub fn code(error: &anyhow::Error) -> Exit {

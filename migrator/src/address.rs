@@ -103,7 +103,8 @@ impl Addresses {
     pub async fn add(&self, interface: &str, address: Ipv4Addr) -> Result<()> {
         let (index, _) = self.link(interface).await?;
         let added = self.handle.address().add(index, IpAddr::V4(address), 32).execute().await;
-        unless(libc::EEXIST, added).map_err(Error::netlink("adding address", format_args!("{address} to {interface}")))
+        unless(libc::EEXIST, added)
+            .map_err(Error::netlink("adding address", format_args!("{address} to {interface}")))
     }
 
     /// Removes `address` wherever it stands.
@@ -166,6 +167,7 @@ impl Addresses {
         for operation in [ARP_REQUEST, ARP_REPLY] {
             send_frame(&socket, index, &gratuitous_arp(mac, address, operation)).map_err(failed)?;
         }
+        crate::fence::close_aside(socket);
         Ok(())
     }
 }
@@ -180,7 +182,10 @@ fn blackhole(address: Ipv4Addr) -> RouteMessage {
 }
 
 /// An error with this errno means that what was asked for is so already.
-fn unless(errno: i32, result: std::result::Result<(), rtnetlink::Error>) -> std::result::Result<(), rtnetlink::Error> {
+fn unless(
+    errno: i32,
+    result: std::result::Result<(), rtnetlink::Error>,
+) -> std::result::Result<(), rtnetlink::Error> {
     match result {
         Err(rtnetlink::Error::NetlinkError(e)) if e.to_io().raw_os_error() == Some(errno) => Ok(()),
         other => other,

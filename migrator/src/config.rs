@@ -108,7 +108,11 @@ impl Config {
         }
         // IFNAMSIZ includes the terminating zero
         if self.interface.is_empty() || self.interface.len() > 15 || self.interface.contains(['/', ' ']) {
-            return refuse("interface", format!("{:?}", self.interface), "an interface name has 1 to 15 characters");
+            return refuse(
+                "interface",
+                format!("{:?}", self.interface),
+                "an interface name has 1 to 15 characters",
+            );
         }
         let paths = [
             ("state_dir", Some(&self.state_dir)),

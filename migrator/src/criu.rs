@@ -73,8 +73,9 @@ impl Swrk {
     /// The program cannot be started, or `cgroup` not entered.
     pub async fn spawn(program: &Path, cgroup: &Path, stderr: &Path) -> Result<Self> {
         let failed = |e: io::Error| Error::io("starting", program.display())(e);
-        let (ours, theirs) = socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
-            .map_err(|e| failed(e.into()))?;
+        let (ours, theirs) =
+            socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
+                .map_err(|e| failed(e.into()))?;
         fcntl(&ours, FcntlArg::F_SETFL(OFlag::O_NONBLOCK)).map_err(|e| failed(e.into()))?;
         let stderr = fs::File::create(stderr).map_err(Error::io("creating", stderr.display()))?;
 
@@ -182,7 +183,8 @@ impl Swrk {
         if length == 0 {
             return Err(Error::other(format!("criu swrk (pid {}) died", self.pid)));
         }
-        let response = rpc::Criu_resp::parse_from_bytes(&buffer[..length]).map_err(|e| failed(io::Error::other(e)))?;
+        let response =
+            rpc::Criu_resp::parse_from_bytes(&buffer[..length]).map_err(|e| failed(io::Error::other(e)))?;
         if response.type_() == rpc::Criu_req_type::NOTIFY {
             return Ok(Event::Notify(response.notify.script().to_owned()));
         }
@@ -205,7 +207,10 @@ impl Swrk {
             }
         };
         tokio::time::timeout(patience, work).await.unwrap_or_else(|_| {
-            Err(Error::other(format!("criu swrk (pid {pid}) gave no final response in {} s", patience.as_secs())))
+            Err(Error::other(format!(
+                "criu swrk (pid {pid}) gave no final response in {} s",
+                patience.as_secs()
+            )))
         })
     }
 
@@ -433,11 +438,14 @@ mod tests {
             keep_log(images.path(), DUMP_LOG, logs.path(), &format!("m{n}"), 3).unwrap();
             // file times tell the order
             let stamp = std::time::SystemTime::UNIX_EPOCH + Duration::from_secs(n);
-            let file = fs::File::options().write(true).open(logs.path().join(format!("m{n}.dump.log"))).unwrap();
+            let file =
+                fs::File::options().write(true).open(logs.path().join(format!("m{n}.dump.log"))).unwrap();
             file.set_modified(stamp).unwrap();
         }
-        let mut names: Vec<_> =
-            fs::read_dir(logs.path()).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+        let mut names: Vec<_> = fs::read_dir(logs.path())
+            .unwrap()
+            .map(|e| e.unwrap().file_name().into_string().unwrap())
+            .collect();
         names.sort();
         assert_eq!(names, ["m2.dump.log", "m3.dump.log", "m4.dump.log"]);
         keep_log(images.path(), RESTORE_LOG, logs.path(), "none", 3).unwrap();

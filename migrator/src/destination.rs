@@ -3,8 +3,8 @@
 //! ```text
 //! reserve: preflight, a cgroup, criu swrk in it
 //! receive: images
-//! restore: fence -> v -> CRIU restores, stopped -> VOTE
-//! resume:  fence off -> SIGCONT -> v announced            (COMMIT)
+//! restore: fence -> v -> CRIU restores, stopped -> frozen -> VOTE
+//! resume:  fence off -> SIGCONT, thawed -> v announced    (COMMIT)
 //! discard: copy killed, its sockets destroyed -> v away -> fence off   (ABORT, failure, restart)
 //! ```
 //!
@@ -12,7 +12,7 @@
 //! decides, not a notification (at `post-restore` it can still fail). A restarted daemon keeps a copy that was voted for,
 //! and discards every other.
 
-use std::{net::Ipv4Addr, sync::Arc, time::Duration};
+use std::{net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
 use handover_api::v1::{ImageChunk, ReserveRequest, RestoreRequest};
 use nix::sys::signal::Signal;
@@ -25,10 +25,9 @@ use crate::{
     freezer,
     machine::{DestinationEvent, DestinationState, Next},
     node::{Answer, Clock, Failure, Live, Migration, Node, Service, fresh_dir},
-    preflight,
-    process,
+    preflight, process,
     record::{Destination, Record, Role, Timing},
-    sockets,
+    sockets, timers,
     transfer::{self, Receiver, Volume},
 };
 
@@ -51,7 +50,12 @@ fn unknown(id: &str) -> Failure {
     Failure::new(Code::NotFound, format!("migration {id} has no destination here"))
 }
 
-fn change(node: &Node, migration: &Migration, live: &mut Live, edit: impl FnOnce(&mut Destination)) -> Result<()> {
+fn change(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    edit: impl FnOnce(&mut Destination),
+) -> Result<()> {
     let mut record = live.record.clone().ok_or_else(|| Error::other("there is no record to change"))?;
     let Role::Destination(destination) = &mut record.role else {
         return Err(Error::other(format!("migration {} has no destination here", migration.id)));
@@ -72,7 +76,11 @@ fn advance(
         Next::Go(state) => change(node, migration, live, |d| d.state = state)?,
         Next::Already => {}
         Next::Refuse(why) => {
-            return Err(Failure::refused(format!("migration {} is {}: {why}", migration.id, destination.state.name())));
+            return Err(Failure::refused(format!(
+                "migration {} is {}: {why}",
+                migration.id,
+                destination.state.name()
+            )));
         }
     }
     Ok(next)
@@ -127,6 +135,7 @@ pub async fn reserve(node: &Arc<Node>, request: ReserveRequest) -> Answer<()> {
     let ready = async {
         fresh_dir(&images)?;
         freezer::make(&cgroup)?;
+        fence::prepare(&migration.id)?;
         // started now, so that the service does not stand still for it
         live.swrk = Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await?);
         Ok::<_, Error>(())
@@ -143,12 +152,18 @@ pub async fn reserve(node: &Arc<Node>, request: ReserveRequest) -> Answer<()> {
 /// The stream is not what [`transfer`] allows; everything is discarded.
 pub async fn receive(node: &Arc<Node>, mut stream: Streaming<ImageChunk>) -> Answer<Volume> {
     let broken = |s: tonic::Status| Failure::new(Code::Aborted, format!("the stream broke: {}", s.message()));
-    let first = stream.message().await.map_err(broken)?.ok_or_else(|| Failure::invalid("the stream holds nothing"))?;
+    let first = stream
+        .message()
+        .await
+        .map_err(broken)?
+        .ok_or_else(|| Failure::invalid("the stream holds nothing"))?;
     let migration = node.get(&first.migration).ok_or_else(|| unknown(&first.migration))?;
     let mut live = migration.lock().await;
     match part(&live).map(|(_, d)| d.state) {
         Some(DestinationState::Reserved) => {}
-        Some(state) => return Err(Failure::refused(format!("migration {} is {}", migration.id, state.name()))),
+        Some(state) => {
+            return Err(Failure::refused(format!("migration {} is {}", migration.id, state.name())));
+        }
         None => return Err(unknown(&migration.id)),
     }
     let dir = node.images(&migration.id);
@@ -203,7 +218,10 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
     let mut live = migration.lock().await;
     let arrived = Some(Volume { bytes: request.image_bytes, files: request.image_files });
     if part(&live).is_some_and(|(_, d)| d.state == DestinationState::Reserved) && live.received != arrived {
-        let words = format!("{} bytes in {} images were sent, other than arrived", request.image_bytes, request.image_files);
+        let words = format!(
+            "{} bytes in {} images were sent, other than arrived",
+            request.image_bytes, request.image_files
+        );
         return Err(discard_after(node, &migration, &mut live, Failure::new(Code::Aborted, words)).await);
     }
     if advance(node, &migration, &mut live, DestinationEvent::Restore)? == Next::Already {
@@ -234,7 +252,7 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
 
 async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<()> {
     let (record, d) = part(live).ok_or_else(|| unknown(&migration.id))?;
-    let (v, interface, pid) = (record.address, record.interface.clone(), d.pid);
+    let (v, interface, pid, cgroup) = (record.address, record.interface.clone(), d.pid, d.cgroup.clone());
     change(node, migration, live, |d| d.address_added = true)?;
     clock
         .step("fence", async {
@@ -256,9 +274,16 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
         })
         .await;
     match restored {
-        Ok(Some(root)) if root == pid && process::stat(root).is_ok_and(|s| s.state == 'T') => Ok(()),
+        Ok(Some(root)) if root == pid => {
+            let held = clock.step("hold", hold(swrk, &cgroup, pid)).await;
+            let armed = held.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
+            if armed > 0 {
+                tracing::info!(migration = migration.id, armed, "timers that CRIU left dead");
+            }
+            Ok(())
+        }
         Ok(Some(root)) => {
-            Err(Failure::new(Code::Aborted, format!("CRIU says it restored pid {root}, but {pid} does not stand stopped here")))
+            Err(Failure::new(Code::Aborted, format!("CRIU says it restored pid {root}, not {pid}")))
         }
         Ok(None) => {
             let reason = node.criu_failure(&migration.id, criu::RESTORE_LOG);
@@ -269,6 +294,20 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
             Err(Failure::new(Code::Aborted, format!("{}: {reason}", chain(&e))))
         }
     }
+}
+
+/// CRIU's final response comes when it has sent the stop signals, not when they have taken effect: the freezer says when
+/// all stands still, and keeps it so against a stray SIGCONT. Then what CRIU left undone is done.
+async fn hold(swrk: &mut Swrk, cgroup: &Path, pid: u32) -> Result<usize> {
+    if !swrk.wait_exit(freezer::PATIENCE).await {
+        return Err(Error::other(format!("criu swrk (pid {}) does not end", swrk.pid())));
+    }
+    freezer::freeze(cgroup).await?;
+    let tree = freezer::procs(cgroup)?;
+    if !tree.contains(&pid) {
+        return Err(Error::other(format!("the copy (pid {pid}) ended at once")));
+    }
+    timers::rearm(&tree)
 }
 
 /// Step 14. COMMIT: the copy becomes the service.
@@ -290,10 +329,11 @@ pub async fn resume(node: &Arc<Node>, id: &str) -> Answer<(u32, Vec<Timing>)> {
         // the fence stays: without the process the kernel would reset its connections
         return Err(Failure::new(Code::Internal, format!("resume: the copy (pid {pid}) is gone")));
     }
-    clock.step("unfence", async { fence::lift(id) }).await?;
-    clock.step("continue", async { go_on(&tree) }).await?;
+    clock.step("unfence", async { fence::open(id) }).await?;
+    clock.step("continue", go_on(&cgroup, &tree)).await?;
     clock.step("announce", node.addresses.announce(&interface, v)).await?;
     tokio::spawn(announce_again(node.clone(), interface, v));
+    fence::lift(id)?;
     if let Err(e) = node.drop_images(id) {
         tracing::warn!(migration = id, error = chain(&e), "images");
     }
@@ -304,13 +344,15 @@ pub async fn resume(node: &Arc<Node>, id: &str) -> Answer<(u32, Vec<Timing>)> {
     Ok((pid, clock.finish()))
 }
 
-fn go_on(tree: &[u32]) -> Result<()> {
+/// Stop signals are taken back while the freezer still holds all, which then lets the whole tree go at one instant.
+async fn go_on(cgroup: &Path, tree: &[u32]) -> Result<()> {
     let mut errors = Errors::default();
     for &pid in tree {
         errors.keep(process::signal(pid, Signal::SIGCONT));
     }
-    // SIGCONT takes effect before kill(2) returns
-    let stopped: Vec<u32> = tree.iter().copied().filter(|&p| process::stat(p).is_ok_and(|s| s.state == 'T')).collect();
+    errors.keep(freezer::thaw(cgroup).await);
+    let stopped: Vec<u32> =
+        tree.iter().copied().filter(|&p| process::stat(p).is_ok_and(|s| s.state == 'T')).collect();
     if !stopped.is_empty() {
         errors.keep::<()>(Err(Error::other(format!("still stopped: {stopped:?}"))));
     }
@@ -339,7 +381,12 @@ pub async fn abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answer<()> {
     discard(node, migration, &mut live).await
 }
 
-async fn discard_after(node: &Arc<Node>, migration: &Arc<Migration>, live: &mut Live, failure: Failure) -> Failure {
+async fn discard_after(
+    node: &Arc<Node>,
+    migration: &Arc<Migration>,
+    live: &mut Live,
+    failure: Failure,
+) -> Failure {
     tracing::warn!(migration = migration.id, reason = failure.message, "discarding");
     match discard(node, migration, live).await {
         Ok(()) => failure,

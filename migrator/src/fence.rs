@@ -9,7 +9,9 @@
 //! }                                                }
 //! ```
 //!
-//! Invariants: a fence is set or lifted in one netlink transaction; it costs the same for one connection and for a
+//! Tables and chains are made beforehand and removed afterwards; while the service stands still only rules change.
+//!
+//! Invariants: a fence is set or opened in one netlink transaction; it costs the same for one connection and for a
 //! million; packets with CRIU's mark pass first, because CRIU feeds the FIN of a half-closed connection to itself;
 //! it is found again by its name after a crash.
 //!
@@ -21,7 +23,7 @@ use std::{
     ffi::{CStr, CString},
     io,
     net::Ipv4Addr,
-    os::fd::{AsRawFd, BorrowedFd},
+    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
 };
 
 use nftnl::{
@@ -49,40 +51,60 @@ pub enum Strength {
     All,
 }
 
+/// Makes the tables and chains of `migration` without a rule in them: nothing is kept out yet. Registering hooks takes
+/// milliseconds, in which the service then does not stand still; rules take microseconds.
+///
+/// # Errors
+/// nftables is missing, or not allowed.
+pub fn prepare(migration: &str) -> Result<()> {
+    change(migration, |batch, chain, _| flush(batch, chain))
+        .map_err(Error::io("preparing the fence of", migration))
+}
+
 /// Sets the fence of `migration` around `address`, instead of one of the same migration that is there.
 ///
 /// # Errors
 /// nftables is missing, or not allowed.
 pub fn set(migration: &str, address: Ipv4Addr, strength: Strength) -> Result<()> {
-    let name = table_name(migration)?;
-    let mut batch = Batch::new();
-    replace(&mut batch, &name, ProtoFamily::Inet, |batch, table| {
-        chain(batch, table, c"input", Hook::In, |batch, chain| match strength {
-            Strength::NewConnections => new_connections(batch, chain, address),
-            Strength::All => {
+    let rules = |batch: &mut Batch, chain: &Chain<'_>, place: Place| {
+        flush(batch, chain);
+        match (place, strength) {
+            (Place::Input, Strength::NewConnections) => new_connections(batch, chain, address),
+            (_, Strength::NewConnections) => {}
+            (Place::Input, Strength::All) => {
                 criu_passes(batch, chain);
                 ipv4(batch, chain, Payload::Network(header_field(16)), address);
             }
-        });
-        chain(batch, table, c"output", Hook::Out, |batch, chain| {
-            if strength == Strength::All {
+            (Place::Output, Strength::All) => {
                 criu_passes(batch, chain);
                 ipv4(batch, chain, Payload::Network(header_field(12)), address);
             }
-        });
-    });
-    if strength == Strength::All {
-        replace(&mut batch, &name, ProtoFamily::Arp, |batch, table| {
-            // NF_ARP_IN is 0 and NF_ARP_OUT is 1 (linux/netfilter_arp.h), the numbers that `Hook` calls so for IP
-            chain(batch, table, c"input", Hook::PreRouting, |batch, chain| {
-                drop_if(batch, chain, header_field(24), address); // target protocol address
-            });
-            chain(batch, table, c"output", Hook::In, |batch, chain| {
-                drop_if(batch, chain, header_field(14), address); // sender protocol address
-            });
-        });
+            // target protocol address
+            (Place::ArpInput, Strength::All) => drop_if(batch, chain, header_field(24), address),
+            // sender protocol address
+            (Place::ArpOutput, Strength::All) => drop_if(batch, chain, header_field(14), address),
+        }
+    };
+    change(migration, rules).map_err(Error::io("setting the fence around", address))
+}
+
+/// Opens the fence of `migration` at once; [`lift`] then takes its time to remove it. Succeeds when there is none.
+///
+/// # Errors
+/// nftables refused.
+pub fn open(migration: &str) -> Result<()> {
+    let name = table_name(migration)?;
+    let mut batch = Batch::new();
+    for (family, places) in TABLES {
+        let table = Table::new(&name, family);
+        for place in places {
+            flush(&mut batch, &Chain::new(place.chain(), &table));
+        }
     }
-    send(&batch.finalize()).map_err(Error::io("setting the fence around", address))
+    match send(&batch.finalize()) {
+        Err(e) if e.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        other => other.map_err(Error::io("opening the fence of", migration)),
+    }
 }
 
 /// Lifts the fence of `migration`. Succeeds when there is none.
@@ -92,7 +114,7 @@ pub fn set(migration: &str, address: Ipv4Addr, strength: Strength) -> Result<()>
 pub fn lift(migration: &str) -> Result<()> {
     let name = table_name(migration)?;
     let mut batch = Batch::new();
-    for family in [ProtoFamily::Inet, ProtoFamily::Arp] {
+    for (family, _) in TABLES {
         // a table is made first so that deleting it never fails: one transaction either way
         let table = Table::new(&name, family);
         batch.add(&table, MsgType::Add);
@@ -107,7 +129,7 @@ pub fn lift(migration: &str) -> Result<()> {
 /// nftables is missing.
 pub fn list() -> Result<BTreeSet<String>> {
     let failed = |e| Error::io("listing", "nftables tables")(e);
-    let socket = open().map_err(failed)?;
+    let socket = netlink().map_err(failed)?;
     let request = nftnl::table::get_tables_nlmsg(0);
     // the message's own length stands in its header; the buffer behind it is only room
     let length = u32::from_ne_bytes([request[0], request[1], request[2], request[3]]) as usize;
@@ -117,8 +139,8 @@ pub fn list() -> Result<BTreeSet<String>> {
     'dump: loop {
         for message in socket.recv(&mut buffer).map_err(failed)? {
             let message = message.map_err(failed)?;
-            let run =
-                mnl::cb_run2(message, 0, socket.portid(), nftnl::table::get_tables_cb, &mut names).map_err(failed)?;
+            let run = mnl::cb_run2(message, 0, socket.portid(), nftnl::table::get_tables_cb, &mut names)
+                .map_err(failed)?;
             if matches!(run, mnl::CbResult::Stop) {
                 break 'dump;
             }
@@ -128,7 +150,8 @@ pub fn list() -> Result<BTreeSet<String>> {
 }
 
 fn table_name(migration: &str) -> Result<CString> {
-    CString::new(format!("{PREFIX}{migration}")).map_err(|_| Error::other("a migration's id holds a zero byte"))
+    CString::new(format!("{PREFIX}{migration}"))
+        .map_err(|_| Error::other("a migration's id holds a zero byte"))
 }
 
 /// Four bytes of the network header (nftnl's "bits" are handed to the kernel as they are, and it counts bytes).
@@ -136,21 +159,61 @@ const fn header_field(offset: u32) -> NetworkHeaderField {
     NetworkHeaderField::Raw { offset_bits: offset, length_bits: 4 }
 }
 
-fn replace(batch: &mut Batch, name: &CStr, family: ProtoFamily, fill: impl FnOnce(&mut Batch, &Table)) {
-    let table = Table::new(name, family);
-    batch.add(&table, MsgType::Add);
-    batch.add(&table, MsgType::Del);
-    batch.add(&table, MsgType::Add);
-    fill(batch, &table);
+/// Where a chain stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Place {
+    Input,
+    Output,
+    ArpInput,
+    ArpOutput,
 }
 
-fn chain(batch: &mut Batch, table: &Table, name: &CStr, hook: Hook, fill: impl FnOnce(&mut Batch, &Chain<'_>)) {
-    let mut chain = Chain::new(name, table);
-    chain.set_type(ChainType::Filter);
-    chain.set_hook(hook, PRIORITY);
-    chain.set_policy(Policy::Accept);
-    batch.add(&chain, MsgType::Add);
-    fill(batch, &chain);
+const TABLES: [(ProtoFamily, [Place; 2]); 2] = [
+    (ProtoFamily::Inet, [Place::Input, Place::Output]),
+    (ProtoFamily::Arp, [Place::ArpInput, Place::ArpOutput]),
+];
+
+impl Place {
+    fn chain(self) -> &'static CStr {
+        match self {
+            Self::Input | Self::ArpInput => c"input",
+            Self::Output | Self::ArpOutput => c"output",
+        }
+    }
+
+    /// NF_ARP_IN is 0 and NF_ARP_OUT is 1 (linux/netfilter_arp.h): the numbers that `Hook` names for IP.
+    fn hook(self) -> Hook {
+        match self {
+            Self::Input => Hook::In,
+            Self::Output => Hook::Out,
+            Self::ArpInput => Hook::PreRouting,
+            Self::ArpOutput => Hook::In,
+        }
+    }
+}
+
+/// One transaction over all chains, which are made where they are missing.
+fn change(migration: &str, rules: impl Fn(&mut Batch, &Chain<'_>, Place)) -> io::Result<()> {
+    let name = table_name(migration).map_err(io::Error::other)?;
+    let mut batch = Batch::new();
+    for (family, places) in TABLES {
+        let table = Table::new(&name, family);
+        batch.add(&table, MsgType::Add);
+        for place in places {
+            let mut chain = Chain::new(place.chain(), &table);
+            chain.set_type(ChainType::Filter);
+            chain.set_hook(place.hook(), PRIORITY);
+            chain.set_policy(Policy::Accept);
+            batch.add(&chain, MsgType::Add);
+            rules(&mut batch, &chain, place);
+        }
+    }
+    send(&batch.finalize())
+}
+
+/// Deletes every rule of `chain`: that is what a deletion without a handle means.
+fn flush(batch: &mut Batch, chain: &Chain<'_>) {
+    batch.add(&Rule::new(chain), MsgType::Del);
 }
 
 fn criu_passes(batch: &mut Batch, chain: &Chain<'_>) {
@@ -199,26 +262,45 @@ fn new_connections(batch: &mut Batch, chain: &Chain<'_>, address: Ipv4Addr) {
     batch.add(&rule, MsgType::Add);
 }
 
+fn descriptor(socket: &mnl::Socket) -> BorrowedFd<'_> {
+    // SAFETY: the socket owns the descriptor and outlives the borrow
+    unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) }
+}
+
 /// libmnl opens its sockets without FD_CLOEXEC; a CRIU started meanwhile must not inherit them.
 ///
 /// # Errors
 /// Of fcntl.
-pub fn close_on_exec(socket: &impl AsRawFd) -> io::Result<()> {
+pub fn close_on_exec(socket: &mnl::Socket) -> io::Result<()> {
     use nix::fcntl::{FcntlArg, FdFlag, fcntl};
-    // SAFETY: the borrow ends with this function, before `socket` can be closed
-    let fd = unsafe { BorrowedFd::borrow_raw(socket.as_raw_fd()) };
-    fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
+    fcntl(descriptor(socket), FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC))?;
     Ok(())
 }
 
-fn open() -> io::Result<mnl::Socket> {
+/// Closes on a thread of its own. The kernel makes the last close of an nftables or packet socket wait until no
+/// processor uses what was changed by it any more: 10 ms in which a service need not stand still, the change itself
+/// being in force already.
+pub fn close_aside(socket: OwnedFd) {
+    // without a thread it is closed here
+    let _ = std::thread::Builder::new().name("close".into()).spawn(move || drop(socket));
+}
+
+fn netlink() -> io::Result<mnl::Socket> {
     let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
     close_on_exec(&socket)?;
     Ok(socket)
 }
 
 fn send(batch: &FinalizedBatch) -> io::Result<()> {
-    let socket = open()?;
+    let socket = netlink()?;
+    let last = descriptor(&socket).try_clone_to_owned()?;
+    let sent = exchange(&socket, batch);
+    drop(socket);
+    close_aside(last);
+    sent
+}
+
+fn exchange(socket: &mnl::Socket, batch: &FinalizedBatch) -> io::Result<()> {
     socket.send_all(batch)?;
     let portid = socket.portid();
     let mut buffer = vec![0; nftnl::nft_nlmsg_maxsize() as usize];
@@ -230,4 +312,88 @@ fn send(batch: &FinalizedBatch) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        net::UdpSocket,
+        time::{Duration, Instant},
+    };
+
+    use super::*;
+
+    /// On a thread with a network of its own, `lo` up. Needs root.
+    fn in_own_network(test: impl FnOnce() + Send + 'static) {
+        let run = move || {
+            nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+            let up = std::process::Command::new("ip").args(["link", "set", "lo", "up"]).status().unwrap();
+            assert!(up.success());
+            test();
+        };
+        std::thread::spawn(run).join().unwrap();
+    }
+
+    #[test]
+    fn a_fence_keeps_out_until_it_is_opened() {
+        in_own_network(|| {
+            let v = Ipv4Addr::new(127, 0, 0, 9);
+            let receiver = UdpSocket::bind((v, 0)).unwrap();
+            receiver.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            let sender = UdpSocket::bind("127.0.0.1:0").unwrap();
+            let passes = || {
+                sender.send_to(b"x", receiver.local_addr().unwrap()).unwrap();
+                receiver.recv(&mut [0; 8]).is_ok()
+            };
+            let timed = |name: &str, work: &dyn Fn()| {
+                let started = Instant::now();
+                work();
+                println!("{name}: {:?}", started.elapsed());
+            };
+            timed("prepare", &|| prepare("m1").unwrap());
+            assert_eq!(list().unwrap(), BTreeSet::from(["m1".to_owned()]));
+            assert!(passes());
+            timed("set for new connections", &|| set("m1", v, Strength::NewConnections).unwrap());
+            assert!(passes());
+            timed("set", &|| set("m1", v, Strength::All).unwrap());
+            assert!(!passes());
+            timed("set again", &|| set("m1", v, Strength::All).unwrap());
+            assert!(!passes());
+            nix::sys::socket::setsockopt(&sender, nix::sys::socket::sockopt::Mark, &CRIU_MARK).unwrap();
+            assert!(passes());
+            nix::sys::socket::setsockopt(&sender, nix::sys::socket::sockopt::Mark, &0).unwrap();
+            timed("open", &|| open("m1").unwrap());
+            assert!(passes());
+            timed("lift", &|| lift("m1").unwrap());
+            assert!(list().unwrap().is_empty());
+            open("m1").unwrap();
+            lift("m1").unwrap();
+            set("m1", v, Strength::All).unwrap();
+            assert!(!passes());
+            lift("m1").unwrap();
+            assert!(passes());
+        });
+    }
+
+    #[test]
+    fn a_fence_for_new_connections_lets_established_ones_live() {
+        use std::io::{Read as _, Write as _};
+        in_own_network(|| {
+            let v = Ipv4Addr::new(127, 0, 0, 9);
+            let listener = std::net::TcpListener::bind((v, 0)).unwrap();
+            let address = listener.local_addr().unwrap();
+            let mut client = std::net::TcpStream::connect(address).unwrap();
+            let (mut served, _) = listener.accept().unwrap();
+            set("m1", v, Strength::NewConnections).unwrap();
+            client.write_all(b"x").unwrap();
+            served.read_exact(&mut [0]).unwrap();
+            assert!(std::net::TcpStream::connect_timeout(&address, Duration::from_millis(50)).is_err());
+            set("m1", v, Strength::All).unwrap();
+            client.write_all(b"y").unwrap();
+            served.set_read_timeout(Some(Duration::from_millis(50))).unwrap();
+            assert!(served.read_exact(&mut [0]).is_err());
+            assert_eq!(crate::sockets::destroy(v).unwrap(), 2);
+            lift("m1").unwrap();
+        });
+    }
 }

@@ -78,11 +78,14 @@ impl Hierarchy {
     pub fn probe(&self) -> Result<()> {
         let dir = self.root.join(format!("probe.{}", std::process::id()));
         fs::create_dir_all(&dir).map_err(Error::io("making cgroup", dir.display()))?;
-        let missing = ["cgroup.freeze", "cgroup.events", "cgroup.kill"].into_iter().find(|f| !dir.join(f).exists());
+        let missing =
+            ["cgroup.freeze", "cgroup.events", "cgroup.kill"].into_iter().find(|f| !dir.join(f).exists());
         fs::remove_dir(&dir).map_err(Error::io("removing cgroup", dir.display()))?;
         match missing {
             None => Ok(()),
-            Some(file) => Err(Error::other(format!("cgroup v2 here has no {file}: Linux 5.14 or later is needed"))),
+            Some(file) => {
+                Err(Error::other(format!("cgroup v2 here has no {file}: Linux 5.14 or later is needed")))
+            }
         }
     }
 
@@ -149,7 +152,8 @@ impl Hierarchy {
         // a fork while moving leaves a child behind: again until nobody is outside
         loop {
             let inside: BTreeSet<u32> = procs(&placement.dir)?.into_iter().collect();
-            let outside: Vec<u32> = process::tree(root)?.into_iter().filter(|p| !inside.contains(p)).collect();
+            let outside: Vec<u32> =
+                process::tree(root)?.into_iter().filter(|p| !inside.contains(p)).collect();
             if outside.is_empty() {
                 return Ok(());
             }

@@ -19,4 +19,5 @@ pub mod record;
 pub mod server;
 pub mod sockets;
 pub mod source;
+pub mod timers;
 pub mod transfer;

@@ -202,7 +202,9 @@ impl DestinationState {
             (S::Resumed, E::Resume) => Already,
             (S::Reserved | S::Restoring, E::Resume) => Refuse("the copy is not restored"),
 
-            (S::Resuming | S::Resumed, E::Abort) => Refuse("it was committed; the service runs at the destination"),
+            (S::Resuming | S::Resumed, E::Abort) => {
+                Refuse("it was committed; the service runs at the destination")
+            }
             (S::Discarded, E::Abort) => Already,
             (_, E::Abort) => Go(S::Discarding),
 

@@ -97,7 +97,8 @@ impl Service {
         if spec.name.is_empty() {
             return Err(Failure::invalid("the service has no name"));
         }
-        let address = spec.address.parse::<Ipv4Addr>().ok().filter(|a| !a.is_unspecified() && !a.is_loopback());
+        let address =
+            spec.address.parse::<Ipv4Addr>().ok().filter(|a| !a.is_unspecified() && !a.is_loopback());
         let address = address.ok_or_else(|| {
             Failure::invalid(format!(
                 "service {}: address {:?} is no IPv4 address that could move; write e.g. 203.0.113.10",
@@ -244,7 +245,11 @@ impl Node {
         let hierarchy = match Hierarchy::find(config.cgroup.as_deref()).and_then(|h| h.probe().map(|()| h)) {
             Ok(hierarchy) => Some(hierarchy),
             Err(e) => {
-                problems.push(("cgroup", chain(&e), "use a kernel with cgroup v2 (5.14 or later)".to_owned()));
+                problems.push((
+                    "cgroup",
+                    chain(&e),
+                    "use a kernel with cgroup v2 (5.14 or later)".to_owned(),
+                ));
                 None
             }
         };
@@ -263,8 +268,10 @@ impl Node {
         for (code, message, remedy) in &problems {
             tracing::warn!(code, remedy, "{message}");
         }
-        let migrations =
-            records.into_iter().map(|r| (r.migration.clone(), Migration::new(&r.migration.clone(), Some(r)))).collect();
+        let migrations = records
+            .into_iter()
+            .map(|r| (r.migration.clone(), Migration::new(&r.migration.clone(), Some(r))))
+            .collect();
         Ok(Arc::new(Self {
             config,
             tls,
@@ -315,10 +322,9 @@ impl Node {
 
     /// A migration under way, other than `except`, that moves `address`.
     pub fn busy_with(&self, address: Ipv4Addr, except: &str) -> Option<Record> {
-        self.all()
-            .iter()
-            .filter_map(|m| m.view())
-            .find(|r| r.address == address && r.migration != except && r.recovery() != crate::machine::Recovery::Nothing)
+        self.all().iter().filter_map(|m| m.view()).find(|r| {
+            r.address == address && r.migration != except && r.recovery() != crate::machine::Recovery::Nothing
+        })
     }
 
     /// Makes the changed record durable; only then is it `live`'s.
@@ -327,7 +333,12 @@ impl Node {
     /// Of the file system; what stood before still stands.
     pub fn commit(&self, migration: &Migration, live: &mut Live, mut record: Record) -> Result<()> {
         self.store.write(&mut record)?;
-        tracing::info!(migration = migration.id, role = record.role_name(), state = record.state_name(), "state");
+        tracing::info!(
+            migration = migration.id,
+            role = record.role_name(),
+            state = record.state_name(),
+            "state"
+        );
         *migration.view.lock().unwrap_or_else(PoisonError::into_inner) = Some(record.clone());
         live.record = Some(record);
         Ok(())
@@ -366,7 +377,9 @@ impl Node {
     pub fn drop_images(&self, migration: &str) -> Result<()> {
         let dir = self.images(migration);
         match std::fs::remove_dir_all(&dir) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("removing", dir.display())(e)),
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                Err(Error::io("removing", dir.display())(e))
+            }
             _ => Ok(()),
         }
     }
@@ -381,7 +394,13 @@ impl Node {
     }
 
     /// A finding of this server.
-    pub fn finding(&self, severity: Severity, code: &str, message: impl Into<String>, remedy: &str) -> Finding {
+    pub fn finding(
+        &self,
+        severity: Severity,
+        code: &str,
+        message: impl Into<String>,
+        remedy: &str,
+    ) -> Finding {
         Finding {
             severity: severity.into(),
             code: code.into(),

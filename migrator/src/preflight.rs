@@ -26,8 +26,8 @@ const IMAGE_SLACK: u64 = 16 << 20;
 
 /// Flags of instruction sets and registers that a process may use; other flags of /proc/cpuinfo do not concern it.
 const INSTRUCTION_SETS: [&str; 16] = [
-    "sse", "ssse", "avx", "aes", "bmi", "fma", "f16c", "popcnt", "movbe", "rdrand", "rdseed", "adx", "sha_ni", "xsave",
-    "amx", "pclmul",
+    "sse", "ssse", "avx", "aes", "bmi", "fma", "f16c", "popcnt", "movbe", "rdrand", "rdseed", "adx",
+    "sha_ni", "xsave", "amx", "pclmul",
 ];
 
 /// What a source found.
@@ -74,7 +74,11 @@ impl<'a> Finder<'a> {
 
     /// A look that failed is itself a finding.
     fn keep<T>(&mut self, looked: Result<T>) -> Option<T> {
-        looked.map_err(|e| self.error("cannot-look", chain(&e), "run the daemon as root in the host's own namespaces")).ok()
+        looked
+            .map_err(|e| {
+                self.error("cannot-look", chain(&e), "run the daemon as root in the host's own namespaces")
+            })
+            .ok()
     }
 
     /// Migrations under way and leftovers of earlier ones that concern v.
@@ -82,7 +86,12 @@ impl<'a> Finder<'a> {
         if let Some(other) = self.node.busy_with(address, migration) {
             self.error(
                 "busy",
-                format!("migration {} of {} ({address}) is {} here", other.migration, other.service, other.state_name()),
+                format!(
+                    "migration {} of {} ({address}) is {} here",
+                    other.migration,
+                    other.service,
+                    other.state_name()
+                ),
                 "wait for it, or abort it",
             );
         }
@@ -92,7 +101,9 @@ impl<'a> Finder<'a> {
                 self.error(
                     "leftover-fence",
                     format!("the fence of migration {id}, which this daemon does not know, stands here"),
-                    &format!("`nft delete table inet handover-{id}` and `nft delete table arp handover-{id}`"),
+                    &format!(
+                        "`nft delete table inet handover-{id}` and `nft delete table arp handover-{id}`"
+                    ),
                 );
             }
         }
@@ -127,7 +138,10 @@ impl<'a> Finder<'a> {
         if !tmpfs {
             self.warn(
                 "image-disk",
-                format!("image_dir {} is no tmpfs: the service stands still while images are written", dir.display()),
+                format!(
+                    "image_dir {} is no tmpfs: the service stands still while images are written",
+                    dir.display()
+                ),
                 "name a directory in a tmpfs, e.g. below /run",
             );
         }
@@ -163,9 +177,15 @@ pub async fn source(
                 TargetError::Missing | TargetError::Regex(..) => ("target", "correct the service's target"),
                 TargetError::Gone(_) => ("pid-gone", "start the service, or correct the pid"),
                 TargetError::Pidfile { .. } => ("pidfile", "correct the pidfile"),
-                TargetError::NoMatch(_) => ("no-process", "start the service, or correct the command pattern"),
-                TargetError::Several { .. } => ("several-processes", "make the command pattern match only one of them"),
-                TargetError::Proc(_) => ("cannot-look", "run the daemon as root in the host's own namespaces"),
+                TargetError::NoMatch(_) => {
+                    ("no-process", "start the service, or correct the command pattern")
+                }
+                TargetError::Several { .. } => {
+                    ("several-processes", "make the command pattern match only one of them")
+                }
+                TargetError::Proc(_) => {
+                    ("cannot-look", "run the daemon as root in the host's own namespaces")
+                }
             };
             finder.error(code, format!("service {}: {}", service.name, chain(&e)), remedy);
             None
@@ -185,7 +205,10 @@ impl Finder<'_> {
             ),
             Some(Some(p)) if p.interface != *interface || p.prefix != 32 => self.error(
                 "address-elsewhere",
-                format!("{v} stands as /{} on {}, to be moved it has to be /32 on {interface}", p.prefix, p.interface),
+                format!(
+                    "{v} stands as /{} on {}, to be moved it has to be /32 on {interface}",
+                    p.prefix, p.interface
+                ),
                 &format!("`ip address add {v}/32 dev {interface}` instead"),
             ),
             _ => {}
@@ -208,7 +231,10 @@ impl Finder<'_> {
             if id != 0 && !tree.contains(&id) {
                 self.error(
                     "foreign-session",
-                    format!("pid {} is in {what} {id}, whose leader is not part of the service", identity.pid),
+                    format!(
+                        "pid {} is in {what} {id}, whose leader is not part of the service",
+                        identity.pid
+                    ),
                     "start the service in a session of its own (setsid, or as a service of the init system)",
                 );
                 break;
@@ -235,12 +261,15 @@ impl Finder<'_> {
         let foreign: BTreeSet<String> = connected
             .iter()
             .filter(|s| !ends.contains(&s.peer)) // both ends move
-            .filter(|s| s.local.0 != IpAddr::V4(service.address) || !users.iter().any(|u| *u == s.peer.0.to_string()))
+            .filter(|s| {
+                s.local.0 != IpAddr::V4(service.address) || !users.iter().any(|u| *u == s.peer.0.to_string())
+            })
             .map(|s| format!("{}:{} -> {}:{}", s.local.0, s.local.1, s.peer.0, s.peer.1))
             .collect();
         if !foreign.is_empty() {
             let shown = foreign.iter().take(5).cloned().collect::<Vec<_>>().join(", ");
-            let more = if foreign.len() > 5 { format!(" and {} more", foreign.len() - 5) } else { String::new() };
+            let more =
+                if foreign.len() > 5 { format!(" and {} more", foreign.len() - 5) } else { String::new() };
             let message = format!(
                 "service {} has connections that are not of users about to be switched and would break: {shown}{more}",
                 service.name
@@ -273,7 +302,12 @@ impl Finder<'_> {
 }
 
 /// On the server the service goes to.
-pub async fn destination(node: &Node, migration: &str, service: &Service, facts: &ProcessFacts) -> Vec<Finding> {
+pub async fn destination(
+    node: &Node,
+    migration: &str,
+    service: &Service,
+    facts: &ProcessFacts,
+) -> Vec<Finding> {
     let mut finder = Finder::new(node);
     let v = service.address;
     finder.other_migrations(migration, v).await;
@@ -281,10 +315,14 @@ pub async fn destination(node: &Node, migration: &str, service: &Service, facts:
         finder.error(
             "address-present",
             format!("{v} of service {} is already on this server, on {}", service.name, present.interface),
-            &format!("`ip address del {v}/{} dev {}`, or correct where the service is", present.prefix, present.interface),
+            &format!(
+                "`ip address del {v}/{} dev {}`, or correct where the service is",
+                present.prefix, present.interface
+            ),
         );
     }
-    let taken: Vec<String> = facts.tree.iter().filter(|&&id| process::exists(id)).map(u32::to_string).collect();
+    let taken: Vec<String> =
+        facts.tree.iter().filter(|&&id| process::exists(id)).map(u32::to_string).collect();
     if !taken.is_empty() {
         finder.error(
             "pid-taken",
@@ -319,7 +357,10 @@ impl Finder<'_> {
             if address.is_unspecified() {
                 self.error(
                     "port-taken",
-                    format!("port {port} of service {} is taken on this server by a listener on {address}", service.name),
+                    format!(
+                        "port {port} of service {} is taken on this server by a listener on {address}",
+                        service.name
+                    ),
                     "end that process, or let it listen on an address of its own",
                 );
             } else {

@@ -229,8 +229,11 @@ fn one_root(
         }
         false
     };
-    let mut roots: Vec<(u32, String)> =
-        matching.iter().filter(|(pid, _)| !has_matching_ancestor(**pid)).map(|(p, c)| (*p, c.clone())).collect();
+    let mut roots: Vec<(u32, String)> = matching
+        .iter()
+        .filter(|(pid, _)| !has_matching_ancestor(**pid))
+        .map(|(p, c)| (*p, c.clone()))
+        .collect();
     match roots.len() {
         0 => Err(TargetError::NoMatch(pattern.into())),
         1 => Ok(roots.remove(0).0),

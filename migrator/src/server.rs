@@ -8,10 +8,11 @@ use std::{future::Future, sync::Arc, time::Duration};
 use handover_api::{
     tls::{self, Role},
     v1::{
-        AbortMigrationRequest, AbortMigrationResponse, DiscardRequest, DiscardResponse, EndRequest, EndResponse,
-        FreezeRequest, FreezeResponse, ImageChunk, MigrationStatus, MigratorStatus, MigratorStatusRequest,
-        PreflightRequest, PreflightResponse, PrepareRequest, PrepareResponse, ReceiveResponse, ReserveRequest,
-        ReserveResponse, RestoreRequest, RestoreResponse, ResumeRequest, ResumeResponse, YieldRequest, YieldResponse,
+        AbortMigrationRequest, AbortMigrationResponse, DiscardRequest, DiscardResponse, EndRequest,
+        EndResponse, FreezeRequest, FreezeResponse, ImageChunk, MigrationStatus, MigratorStatus,
+        MigratorStatusRequest, PreflightRequest, PreflightResponse, PrepareRequest, PrepareResponse,
+        ReceiveResponse, ReserveRequest, ReserveResponse, RestoreRequest, RestoreResponse, ResumeRequest,
+        ResumeResponse, YieldRequest, YieldResponse,
         migrator_peer_server::{MigratorPeer, MigratorPeerServer},
         migrator_server::{Migrator, MigratorServer},
         preflight_request,
@@ -35,7 +36,9 @@ use crate::{
 const WINDOW: u32 = 8 << 20;
 
 /// Runs `work` to its end whatever happens to the caller.
-async fn detached<T: Send + 'static>(work: impl Future<Output = Answer<T>> + Send + 'static) -> Result<T, Status> {
+async fn detached<T: Send + 'static>(
+    work: impl Future<Output = Answer<T>> + Send + 'static,
+) -> Result<T, Status> {
     match tokio::spawn(work).await {
         Ok(answer) => answer.map_err(Status::from),
         Err(e) => Err(Status::internal(format!("the call failed inside: {e}"))),
@@ -52,7 +55,10 @@ struct PeerService(Arc<Node>);
 
 #[tonic::async_trait]
 impl Migrator for Control {
-    async fn status(&self, request: Request<MigratorStatusRequest>) -> Result<Response<MigratorStatus>, Status> {
+    async fn status(
+        &self,
+        request: Request<MigratorStatusRequest>,
+    ) -> Result<Response<MigratorStatus>, Status> {
         tls::require_role(&request, &[Role::Controller])?;
         let migrations = self.0.all().into_iter().filter_map(|m| m.view()).map(|r| MigrationStatus {
             role: r.role_name().into(),
@@ -70,7 +76,10 @@ impl Migrator for Control {
         }))
     }
 
-    async fn preflight(&self, request: Request<PreflightRequest>) -> Result<Response<PreflightResponse>, Status> {
+    async fn preflight(
+        &self,
+        request: Request<PreflightRequest>,
+    ) -> Result<Response<PreflightResponse>, Status> {
         tls::require_role(&request, &[Role::Controller])?;
         let request = request.into_inner();
         let role = request.role();
@@ -87,7 +96,10 @@ impl Migrator for Control {
                     request.allow_other_peers,
                 )
                 .await;
-                PreflightResponse { findings: report.findings, facts: report.process.map(|(_, facts, _)| facts) }
+                PreflightResponse {
+                    findings: report.findings,
+                    facts: report.process.map(|(_, facts, _)| facts),
+                }
             }
             preflight_request::Role::Destination => {
                 let facts = request.facts.ok_or_else(|| {
@@ -97,7 +109,9 @@ impl Migrator for Control {
                 PreflightResponse { findings, facts: None }
             }
             preflight_request::Role::Unspecified => {
-                return Err(Status::invalid_argument("role: say whether this is the source or the destination"));
+                return Err(Status::invalid_argument(
+                    "role: say whether this is the source or the destination",
+                ));
             }
         };
         Ok(Response::new(response))
@@ -127,7 +141,8 @@ impl Migrator for Control {
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
         tls::require_role(&request, &[Role::Controller])?;
         let (node, request) = (self.0.clone(), request.into_inner());
-        let (pid, steps) = detached(async move { destination::resume(&node, &request.migration).await }).await?;
+        let (pid, steps) =
+            detached(async move { destination::resume(&node, &request.migration).await }).await?;
         Ok(Response::new(ResumeResponse { pid, steps: steps.into_iter().map(Into::into).collect() }))
     }
 
@@ -158,7 +173,10 @@ impl MigratorPeer for PeerService {
         Ok(Response::new(ReserveResponse { name: self.0.config.name.clone() }))
     }
 
-    async fn receive(&self, request: Request<Streaming<ImageChunk>>) -> Result<Response<ReceiveResponse>, Status> {
+    async fn receive(
+        &self,
+        request: Request<Streaming<ImageChunk>>,
+    ) -> Result<Response<ReceiveResponse>, Status> {
         tls::require_role(&request, &[Role::Migrator])?;
         let (node, stream) = (self.0.clone(), request.into_inner());
         let volume = detached(async move { destination::receive(&node, stream).await }).await?;
@@ -178,7 +196,9 @@ impl MigratorPeer for PeerService {
         detached(async move {
             match node.get(&id) {
                 Some(migration) => match migration.view().map(|r| r.role) {
-                    Some(Part::Source(_)) => Err(Failure::refused(format!("migration {id} has its source here"))),
+                    Some(Part::Source(_)) => {
+                        Err(Failure::refused(format!("migration {id} has its source here")))
+                    }
                     _ => destination_abort(&node, &migration).await,
                 },
                 None => Ok(()),
@@ -212,17 +232,21 @@ async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
 /// What a started daemon does with the records it finds, before it serves. Source not yielded: undone at once. Yielded,
 /// or a copy that was voted for: held until told. Decided: finished.
 ///
-/// # Errors
-/// None: what could not be done is logged, stays in its record, and is gone on with when the controller calls.
+/// What could not be done is logged, stays in its record, and is gone on with when the controller calls.
 pub async fn recover(node: &Arc<Node>) {
+    // the fence of a finished migration: the daemon died between removing and noting it
+    let fences = fence::list().unwrap_or_else(|e| {
+        tracing::error!(error = chain(&e), "listing fences");
+        Default::default()
+    });
     for migration in node.all() {
         let Some(record) = migration.view() else { continue };
         let (state, role) = (record.state_name(), record.role_name());
         let outcome = match (record.recovery(), &record.role) {
-            (Recovery::Nothing, _) => {
-                // the fence of a finished migration: the daemon died between lifting and noting
+            (Recovery::Nothing, _) if fences.contains(&migration.id) => {
                 fence::lift(&migration.id).map_err(Failure::from)
             }
+            (Recovery::Nothing, _) => Ok(()),
             (Recovery::Wait, _) => {
                 tracing::warn!(migration = migration.id, role, state, "held until the controller tells");
                 Ok(())
@@ -236,14 +260,22 @@ pub async fn recover(node: &Arc<Node>) {
                 destination::discard(node, &migration, &mut live).await
             }
             (Recovery::Finish, Part::Source(_)) => source::end(node, &migration.id).await.map(|_| ()),
-            (Recovery::Finish, Part::Destination(_)) => destination::resume(node, &migration.id).await.map(|_| ()),
+            (Recovery::Finish, Part::Destination(_)) => {
+                destination::resume(node, &migration.id).await.map(|_| ())
+            }
         };
         match outcome {
             Ok(()) if record.recovery() != Recovery::Nothing => {
                 tracing::info!(migration = migration.id, role, found = state, "recovered");
             }
             Ok(()) => {}
-            Err(f) => tracing::error!(migration = migration.id, role, found = state, error = f.message, "recovering"),
+            Err(f) => tracing::error!(
+                migration = migration.id,
+                role,
+                found = state,
+                error = f.message,
+                "recovering"
+            ),
         }
     }
 }
@@ -252,7 +284,9 @@ pub async fn recover(node: &Arc<Node>) {
 async fn wind_up(node: &Arc<Node>) {
     for migration in node.all() {
         let undone = match migration.view().map(|r| r.role) {
-            Some(Part::Source(s)) if s.state.recovery() == Recovery::Undo && s.state != SourceState::Aborting => {
+            Some(Part::Source(s))
+                if s.state.recovery() == Recovery::Undo && s.state != SourceState::Aborting =>
+            {
                 let mut live = migration.interrupt().await;
                 source::undo(node, &migration, &mut live, SourceEvent::AbortAlone).await.map(|_| ())
             }

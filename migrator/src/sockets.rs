@@ -164,9 +164,9 @@ pub fn leave_repair(tree: &[u32]) -> Result<usize> {
         };
         for entry in entries.flatten() {
             let Some(number) = entry.file_name().to_str().and_then(|n| n.parse().ok()) else { continue };
-            let inode = std::fs::read_link(entry.path()).ok().and_then(|l| {
-                l.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok()
-            });
+            let inode = std::fs::read_link(entry.path())
+                .ok()
+                .and_then(|l| l.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok());
             // a socket without an inode in the table can still be in repair, e.g. closed by the peer
             let Some(inode) = inode else { continue };
             if !seen.insert(inode) {
@@ -211,7 +211,11 @@ fn set_tcp_repair(fd: i32, value: libc::c_int) -> Result<()> {
             size_of::<libc::c_int>() as libc::socklen_t,
         )
     };
-    if r == 0 { Ok(()) } else { Err(Error::io("setting TCP_REPAIR of", "a socket")(io::Error::last_os_error())) }
+    if r == 0 {
+        Ok(())
+    } else {
+        Err(Error::io("setting TCP_REPAIR of", "a socket")(io::Error::last_os_error()))
+    }
 }
 
 fn header(flags: u16) -> NetlinkHeader {

@@ -27,8 +27,8 @@ use std::{
 use handover_api::{
     tls::Role as TlsRole,
     v1::{
-        DiscardRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest, RestoreRequest, Server,
-        ServiceSpec, migrator_peer_client::MigratorPeerClient,
+        DiscardRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest, RestoreRequest,
+        Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
     },
 };
 use nix::sys::signal::Signal;
@@ -85,14 +85,23 @@ fn change(node: &Node, migration: &Migration, live: &mut Live, edit: impl FnOnce
 }
 
 /// Asks the machine, and makes the next state durable.
-fn advance(node: &Node, migration: &Migration, live: &mut Live, event: SourceEvent) -> Answer<Next<SourceState>> {
+fn advance(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    event: SourceEvent,
+) -> Answer<Next<SourceState>> {
     let (_, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let next = source.state.on(event);
     match next {
         Next::Go(state) => change(node, migration, live, |s| s.state = state)?,
         Next::Already => {}
         Next::Refuse(why) => {
-            return Err(Failure::refused(format!("migration {} is {}: {why}", migration.id, source.state.name())));
+            return Err(Failure::refused(format!(
+                "migration {} is {}: {why}",
+                migration.id,
+                source.state.name()
+            )));
         }
     }
     Ok(next)
@@ -104,7 +113,8 @@ fn advance(node: &Node, migration: &Migration, live: &mut Live, event: SourceEve
 /// Findings of preflight here or at the destination (FAILED_PRECONDITION); everything is undone.
 pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<PrepareResponse> {
     let service = Service::parse(request.service.clone())?;
-    let server = request.destination.clone().ok_or_else(|| Failure::invalid("the request names no destination"))?;
+    let server =
+        request.destination.clone().ok_or_else(|| Failure::invalid("the request names no destination"))?;
     let migration = node.entry(&request.migration)?;
     let mut live = migration.lock().await;
     if let Some(record) = &live.record {
@@ -182,12 +192,14 @@ async fn make_ready(
     let placement = hierarchy.plan(pid, &migration.id).map_err(failed)?;
     change(node, migration, live, |s| s.placement = Some(placement.clone()))?;
     hierarchy.settle(pid, &placement).map_err(failed)?;
+    fence::prepare(&migration.id).map_err(failed)?;
 
     let images = node.images(&migration.id);
     fresh_dir(&images).map_err(failed)?;
     let cgroup = hierarchy.criu_dir(&migration.id);
     freezer::make(&cgroup).map_err(failed)?;
-    live.swrk = Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await.map_err(failed)?);
+    live.swrk =
+        Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await.map_err(failed)?);
     Ok(())
 }
 
@@ -195,7 +207,9 @@ type Peer = MigratorPeerClient<tonic::transport::Channel>;
 
 async fn connect(node: &Node, name: &str, endpoint: &str) -> Answer<Peer> {
     let channel = node.tls.connect(TlsRole::Migrator, name, endpoint).await;
-    channel.map(MigratorPeerClient::new).map_err(|e| Failure::new(Code::Unavailable, format!("prepare: {}", chain(&e))))
+    channel
+        .map(MigratorPeerClient::new)
+        .map_err(|e| Failure::new(Code::Unavailable, format!("prepare: {}", chain(&e))))
 }
 
 /// A call to the destination failed: there (its words), or on the way.
@@ -261,7 +275,11 @@ fn answer(live: &Live) -> Answer<FreezeResponse> {
 
 /// A source that has voted goes back alone when it hears nothing, or when CRIU dies (which leaves the sockets in repair
 /// mode: better undone at once than found later).
-async fn lease(node: Arc<Node>, migration: Arc<Migration>, exited: Option<tokio::sync::watch::Receiver<bool>>) {
+async fn lease(
+    node: Arc<Node>,
+    migration: Arc<Migration>,
+    exited: Option<tokio::sync::watch::Receiver<bool>>,
+) {
     let died = async {
         match exited {
             Some(mut exited) => {
@@ -320,16 +338,12 @@ async fn freeze_steps(
 
 /// Fence and dump. Ends with the tasks held by the freezer and CRIU waiting at `post-dump`. Is never interrupted: CRIU
 /// killed with its parasite inside a task would ruin the task.
-async fn dump(
-    node: &Node,
-    migration: &Migration,
-    live: &mut Live,
-    clock: &mut Clock,
-) -> Answer<Vec<String>> {
+async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<Vec<String>> {
     let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, pid) = (record.address, source.pid);
     let identity = Identity { pid, start_time: source.start_time };
-    let placement = source.placement.clone().ok_or_else(|| Failure::refused("dump: the process has no cgroup"))?;
+    let placement =
+        source.placement.clone().ok_or_else(|| Failure::refused("dump: the process has no cgroup"))?;
     if !identity.alive() {
         return Err(Failure::new(Code::Aborted, format!("dump: pid {pid} has ended")));
     }
@@ -375,7 +389,11 @@ async fn dump(
 }
 
 /// New connections out, then a bounded wait for what is under way, then everything out. Returns what will be lost.
-async fn fence_off(migration: &str, v: std::net::Ipv4Addr, tree_dir: &std::path::Path) -> Result<Vec<String>> {
+async fn fence_off(
+    migration: &str,
+    v: std::net::Ipv4Addr,
+    tree_dir: &std::path::Path,
+) -> Result<Vec<String>> {
     fence::set(migration, v, Strength::NewConnections)?;
     let tree = freezer::procs(tree_dir)?;
     let owned = process::holdings(&tree)?.sockets;
@@ -397,7 +415,8 @@ async fn fence_off(migration: &str, v: std::net::Ipv4Addr, tree_dir: &std::path:
         )));
     }
     for socket in sockets::udp()?.iter().filter(|s| owned.contains(&s.inode) && s.recv_queue > 0) {
-        losses.push(format!("UDP port {}: {} bytes received but not read", socket.local.1, socket.recv_queue));
+        losses
+            .push(format!("UDP port {}: {} bytes received but not read", socket.local.1, socket.recv_queue));
     }
     Ok(losses)
 }
@@ -423,21 +442,21 @@ fn in_transit(v: std::net::Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> 
     Ok(InTransit {
         queues: queues.map(|s| (s.local.1, s.recv_queue)).collect(),
         closing: closing
-            .map(|s| format!("connection {}:{} was opening or closing and is not taken along", s.peer.0, s.peer.1))
+            .map(|s| {
+                format!("connection {}:{} was opening or closing and is not taken along", s.peer.0, s.peer.1)
+            })
             .collect(),
     })
 }
 
 /// Images, restore at the destination, v. Everything under the fence.
-async fn move_over(
-    node: &Node,
-    migration: &Migration,
-    live: &mut Live,
-    clock: &mut Clock,
-) -> Answer<u64> {
+async fn move_over(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<u64> {
     let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, peer_name) = (record.address, source.peer.clone());
-    let peer = live.peer.as_mut().ok_or_else(|| Failure::refused("copy: there is no connection to the destination"))?;
+    let peer = live
+        .peer
+        .as_mut()
+        .ok_or_else(|| Failure::refused("copy: there is no connection to the destination"))?;
 
     let volume = clock
         .step("copy", async {
@@ -464,7 +483,9 @@ async fn move_over(
         image_files: volume.files,
     };
     clock
-        .step("restore", async { peer.restore(restore).await.map_err(|s| at_peer("restore", &peer_name, &s)) })
+        .step("restore", async {
+            peer.restore(restore).await.map_err(|s| at_peer("restore", &peer_name, &s))
+        })
         .await?;
     clock
         .step("address", async {
@@ -579,7 +600,12 @@ pub async fn abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answer<bool>
 }
 
 /// Undoes after `failure`, and gives it back with what could not be undone.
-async fn undo_after(node: &Arc<Node>, migration: &Arc<Migration>, live: &mut Live, failure: Failure) -> Failure {
+async fn undo_after(
+    node: &Arc<Node>,
+    migration: &Arc<Migration>,
+    live: &mut Live,
+    failure: Failure,
+) -> Failure {
     tracing::warn!(migration = migration.id, reason = failure.message, "undoing");
     match undo(node, migration, live, SourceEvent::AbortAlone).await {
         Ok(_) => failure,
@@ -613,7 +639,7 @@ pub async fn undo(
             if !clean && let Some(sockets) = errors.keep(sockets::leave_repair(&tree)) {
                 tracing::info!(migration = migration.id, sockets, "taken out of repair mode");
             }
-            errors.keep(fence::lift(&migration.id));
+            errors.keep(fence::open(&migration.id));
             errors.keep(freezer::thaw(&placement.dir).await);
             if !clean {
                 for pid in tree {
@@ -626,9 +652,8 @@ pub async fn undo(
         if let Some(hierarchy) = errors.keep(node.hierarchy()) {
             errors.keep(hierarchy.put_back(placement));
         }
-    } else if source.touched {
-        errors.keep(fence::lift(&migration.id));
     }
+    errors.keep(fence::lift(&migration.id));
     errors.keep(tidy(node, &migration.id).await);
     // the original is alive; now, and without keeping anybody waiting, the destination
     tokio::spawn(discard(node.clone(), migration.id.clone(), live.peer.take(), source));
@@ -678,12 +703,17 @@ async fn discard(node: Arc<Node>, id: String, peer: Option<Peer>, source: Source
             None => connect(&node, &source.peer, &source.peer_endpoint).await,
         };
         let told = match client {
-            Ok(mut client) => client.discard(DiscardRequest { migration: id.clone() }).await.map_err(|s| s.message().to_owned()),
+            Ok(mut client) => client
+                .discard(DiscardRequest { migration: id.clone() })
+                .await
+                .map_err(|s| s.message().to_owned()),
             Err(e) => Err(e.message),
         };
         match told {
             Ok(_) => return,
-            Err(error) => tracing::warn!(migration = id, peer = source.peer, attempt, error, "telling the destination"),
+            Err(error) => {
+                tracing::warn!(migration = id, peer = source.peer, attempt, error, "telling the destination")
+            }
         }
         tokio::time::sleep(Duration::from_secs(1)).await;
     }

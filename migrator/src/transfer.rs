@@ -125,7 +125,10 @@ impl Receiver {
         };
         self.volume.bytes += chunk.data.len() as u64;
         if self.volume.bytes > self.room {
-            return Err(Error::other(format!("the images are larger than the {} bytes of room there are", self.room)));
+            return Err(Error::other(format!(
+                "the images are larger than the {} bytes of room there are",
+                self.room
+            )));
         }
         crc.update(&chunk.data);
         file.write_all(&chunk.data).map_err(Error::io("writing", self.dir.join(&name).display()))?;
@@ -177,7 +180,8 @@ impl Receiver {
 /// # Errors
 /// Of the file system.
 pub fn room(dir: &Path) -> Result<(u64, bool)> {
-    let stat = nix::sys::statfs::statfs(dir).map_err(Error::errno("looking at the room in", dir.display()))?;
+    let stat =
+        nix::sys::statfs::statfs(dir).map_err(Error::errno("looking at the room in", dir.display()))?;
     let block = u64::try_from(stat.block_size()).unwrap_or(0);
     Ok((stat.blocks_available() * block, stat.filesystem_type() == nix::sys::statfs::TMPFS_MAGIC))
 }
@@ -188,7 +192,12 @@ mod tests {
 
     fn chunk(file: &str, data: &[u8], last: bool) -> ImageChunk {
         let crc = crc32fast::hash(data);
-        ImageChunk { migration: String::new(), file: file.into(), data: data.into(), last: last.then_some(crc) }
+        ImageChunk {
+            migration: String::new(),
+            file: file.into(),
+            data: data.into(),
+            last: last.then_some(crc),
+        }
     }
 
     fn receive(room: u64, chunks: &[ImageChunk]) -> Result<Volume> {

@@ -24,6 +24,7 @@ pub mod init;
 mod lab;
 mod proto;
 pub mod provider;
+pub mod residue;
 pub mod run;
 pub mod scenario;
 pub mod topology;

@@ -19,7 +19,7 @@ use serde::Serialize;
 use crate::{
     Host,
     apps::Report,
-    scenario::{Moved, Step},
+    scenario::{Moved, Play, Step},
     topology::{App, Site, Topology},
 };
 
@@ -124,31 +124,22 @@ fn play(
     let begun = Instant::now();
     let say = |what: &str| eprintln!("{:7.1} s  {what}", begun.elapsed().as_secs_f64());
     say("lab: taro, gateway, provider, two sites with router and server, control");
-    let mut topology = Topology::new()?;
+    let topology = Topology::new()?;
     interrupted.ends(topology.lab().hosts());
-    say("daemons: handover-gateway, two handover-migrator, handover-controller");
-    topology.start_daemons()?;
     let app = options.app;
-    say(&format!("service: {} at the main site", app.name()));
-    let service = topology.start_service(app)?;
-    topology.apply(&Topology::inventory(app))?;
-    let capture = topology.capture()?;
-    say("user: taro connects, one connection to the end");
-    let mut client = topology.start_client(&service)?;
-    client.more(BEFORE)?;
+    let mut play = Play::start_in(topology, app, say)?;
+    play.client.more(BEFORE)?;
 
     let ways: &[Site] = if options.back { &[Site::Backup, Site::Main] } else { &[Site::Backup] };
     let mut checked = Ok(());
     for to in ways {
         say(&format!("handover migrate {} --to {} --wait", app.name(), to.name()));
-        let moved =
-            topology.migrate(&service, &mut client, &capture, *to, |line| eprintln!("           | {line}"));
-        let moved = moved.with_context(|| topology.logs())?;
+        let moved = play.migrate(*to, |line| eprintln!("           | {line}"))?;
         outcomes.push(outcome(&moved));
         *client_saw = moved.client.clone();
         checked = moved.check(*to).map(drop);
         if checked.is_err() {
-            eprintln!("{}", topology.logs());
+            eprintln!("{}", play.topology.logs());
             break;
         }
     }
@@ -158,7 +149,7 @@ fn play(
             App::Redis => "reading back every acknowledged write",
             App::Nginx => "the rest of the download, and its SHA-256",
         });
-        *client_saw = client.finish()?;
+        *client_saw = play.client.finish()?;
         let done = client_saw.finished || app == App::Film;
         anyhow::ensure!(client_saw.unharmed() && done, "the client was harmed: {client_saw:?}");
         say("the lab goes");

@@ -116,6 +116,57 @@ pub struct Moved {
     pub client: Report,
 }
 
+/// A topology at work: daemons, a service at the main site, a client that watches over it, a capture on the trunk.
+pub struct Play {
+    /// What the client's frames to v carry on the trunk.
+    pub capture: Capture,
+    /// On taro.
+    pub client: Client,
+    /// At first at the main site.
+    pub service: Service,
+    /// Where it all stands.
+    pub topology: Topology,
+}
+
+impl Play {
+    /// Brings it up; returns when the client is being served.
+    ///
+    /// # Errors
+    /// With the daemons' logs.
+    pub fn start(app: App) -> anyhow::Result<Self> {
+        Self::start_in(Topology::new()?, app, |_| {})
+    }
+
+    /// Brings it up in a topology that has no daemons yet; `progress` is told what comes next.
+    ///
+    /// # Errors
+    /// With the daemons' logs.
+    pub fn start_in(mut topology: Topology, app: App, progress: impl Fn(&str)) -> anyhow::Result<Self> {
+        progress("daemons: handover-gateway, two handover-migrator, handover-controller");
+        topology.start_daemons()?;
+        progress(&format!("service: {} at the main site", app.name()));
+        let served = || {
+            let service = topology.start_service(app)?;
+            topology.apply(&Topology::inventory(app))?;
+            let capture = topology.capture()?;
+            progress("user: taro connects, one connection to the end");
+            Ok((topology.start_client(&service)?, capture, service))
+        };
+        let served: anyhow::Result<_> = served();
+        let (client, capture, service) = served.with_context(|| topology.logs())?;
+        Ok(Self { capture, client, service, topology })
+    }
+
+    /// Migrates the service and looks at it from all sides.
+    ///
+    /// # Errors
+    /// If something cannot be looked at; with the daemons' logs. A migration that fails is no error here.
+    pub fn migrate(&mut self, to: Site, progress: impl Fn(&str)) -> anyhow::Result<Moved> {
+        let Self { capture, client, service, topology } = self;
+        topology.migrate(service, client, capture, to, progress).with_context(|| topology.logs())
+    }
+}
+
 impl Topology {
     /// Starts `handover migrate --wait`.
     ///

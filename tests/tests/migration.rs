@@ -1,0 +1,92 @@
+//! Live services move to the other site and back, with nothing lost on any connection and nothing left anywhere.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+use handover_lab::{
+    apps::Report,
+    residue::{self, Residue},
+    scenario::{Moved, Play},
+    topology::{App, Site},
+};
+
+/// Migrates and demands that everything is as it should be.
+fn migrate(play: &mut Play, to: Site) -> Moved {
+    let moved = play.migrate(to, |_| {}).unwrap();
+    if let Err(e) = moved.check(to) {
+        panic!("{e:#}\n{:?}\n{}", moved.ending, play.topology.logs());
+    }
+    assert_eq!(play.topology.sites_of_v().unwrap(), [to]);
+    moved
+}
+
+fn finish(play: Play) -> Report {
+    let last = play.client.finish().unwrap();
+    assert!(last.unharmed(), "{last:?}");
+    last
+}
+
+/// Forth, and back, each time with everything checked.
+fn forth_and_back(app: App) -> Report {
+    let mut play = Play::start(app).unwrap();
+    for to in [Site::Backup, Site::Main] {
+        let moved = migrate(&mut play, to);
+        let session = moved.ending.session.as_ref().unwrap();
+        assert!(session.frozen_us > 0 && session.switch_window_ns.is_some(), "{session:?}");
+        for name in [
+            "preflight",
+            "stage",
+            "freeze",
+            "restore",
+            "switch",
+            "yield",
+            "decision",
+            "resume",
+            "end",
+            "finish",
+        ] {
+            assert!(
+                session.steps.iter().any(|s| s.name == name && s.state == "done"),
+                "no step {name}: {session:?}"
+            );
+        }
+    }
+    finish(play)
+}
+
+#[test]
+fn the_film_moves_and_comes_back() {
+    forth_and_back(App::Film);
+}
+
+#[test]
+fn redis_moves_and_comes_back_with_every_acknowledged_write() {
+    let last = forth_and_back(App::Redis);
+    assert!(last.finished && last.operations > 100, "{last:?}");
+}
+
+#[test]
+fn nginx_moves_and_comes_back_in_the_middle_of_a_download() {
+    let last = forth_and_back(App::Nginx);
+    assert!(last.finished && last.bytes == 512 << 20, "{last:?}");
+}
+
+fn residues(play: &Play) -> Vec<(&'static str, Residue)> {
+    ["main-server", "backup-server", "main-router", "backup-router", "gateway", "control", "taro"]
+        .map(|name| (name, residue::of(play.topology.lab().host(name).unwrap()).unwrap()))
+        .to_vec()
+}
+
+#[test]
+fn twenty_migrations_leave_nothing_behind() {
+    let mut play = Play::start(App::Film).unwrap();
+    let before = residues(&play);
+    for _ in 0..10 {
+        for to in [Site::Backup, Site::Main] {
+            migrate(&mut play, to);
+        }
+    }
+    for ((name, before), (_, after)) in before.iter().zip(residues(&play)) {
+        let left = residue::difference(before, &after);
+        assert!(left.is_empty(), "left on {name}:\n{}", left.join("\n"));
+    }
+    finish(play);
+}

@@ -70,17 +70,28 @@ fn advance(
     live: &mut Live,
     event: DestinationEvent,
 ) -> Answer<Next<DestinationState>> {
+    advance_with(node, migration, live, event, |_| {})
+}
+
+/// The same, with another change in the same write.
+fn advance_with(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    event: DestinationEvent,
+    edit: impl FnOnce(&mut Destination),
+) -> Answer<Next<DestinationState>> {
     let (_, destination) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let next = destination.state.on(event);
     match next {
-        Next::Go(state) => change(node, migration, live, |d| d.state = state)?,
+        Next::Go(state) => change(node, migration, live, |d| {
+            d.state = state;
+            edit(d);
+        })?,
         Next::Already => {}
         Next::Refuse(why) => {
-            return Err(Failure::refused(format!(
-                "migration {} is {}: {why}",
-                migration.id,
-                destination.state.name()
-            )));
+            let words = format!("migration {} is {}: {why}", migration.id, destination.state.name());
+            return Err(Failure::refused(words));
         }
     }
     Ok(next)
@@ -224,7 +235,9 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
         );
         return Err(discard_after(node, &migration, &mut live, Failure::new(Code::Aborted, words)).await);
     }
-    if advance(node, &migration, &mut live, DestinationEvent::Restore)? == Next::Already {
+    let begun =
+        advance_with(node, &migration, &mut live, DestinationEvent::Restore, |d| d.address_added = true)?;
+    if begun == Next::Already {
         let (_, d) = part(&live).ok_or_else(|| unknown(&migration.id))?;
         return Ok((d.pid, d.steps.clone()));
     }
@@ -234,14 +247,7 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
     };
     let voted = worked.and_then(|()| {
         let steps = clock.finish();
-        let (_, d) = part(&live).ok_or_else(|| unknown(&migration.id))?;
-        match d.state.on(DestinationEvent::Vote) {
-            Next::Go(state) => Ok(change(node, &migration, &mut live, |d| {
-                d.steps = steps;
-                d.state = state;
-            })?),
-            _ => Err(Failure::refused(format!("migration {} is {}", migration.id, d.state.name()))),
-        }
+        advance_with(node, &migration, &mut live, DestinationEvent::Vote, |d| d.steps = steps)
     });
     if let Err(failure) = voted {
         return Err(discard_after(node, &migration, &mut live, failure).await);
@@ -253,7 +259,6 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
 async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<()> {
     let (record, d) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, interface, pid, cgroup) = (record.address, record.interface.clone(), d.pid, d.cgroup.clone());
-    change(node, migration, live, |d| d.address_added = true)?;
     clock
         .step("fence", async {
             fence::set(&migration.id, v, Strength::All)?;

@@ -167,6 +167,8 @@ pub struct Live {
     pub swrk: Option<Swrk>,
     /// CRIU waits for the answer to `post-dump`.
     pub held: bool,
+    /// CRIU died at work: it may have left sockets in repair mode.
+    pub broken: bool,
     /// The destination.
     pub peer: Option<MigratorPeerClient<Channel>>,
     /// What was found at *prepare*.

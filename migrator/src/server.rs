@@ -234,7 +234,7 @@ async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
 ///
 /// What could not be done is logged, stays in its record, and is gone on with when the controller calls.
 pub async fn recover(node: &Arc<Node>) {
-    // the fence of a finished migration: the daemon died between removing and noting it
+    // of a finished migration: the daemon died between noting its end and removing everything
     let fences = fence::list().unwrap_or_else(|e| {
         tracing::error!(error = chain(&e), "listing fences");
         Default::default()
@@ -243,10 +243,10 @@ pub async fn recover(node: &Arc<Node>) {
         let Some(record) = migration.view() else { continue };
         let (state, role) = (record.state_name(), record.role_name());
         let outcome = match (record.recovery(), &record.role) {
-            (Recovery::Nothing, _) if fences.contains(&migration.id) => {
-                fence::lift(&migration.id).map_err(Failure::from)
+            (Recovery::Nothing, _) => {
+                let lifted = if fences.contains(&migration.id) { fence::lift(&migration.id) } else { Ok(()) };
+                lifted.and_then(|()| node.drop_images(&migration.id)).map_err(Failure::from)
             }
-            (Recovery::Nothing, _) => Ok(()),
             (Recovery::Wait, _) => {
                 tracing::warn!(migration = migration.id, role, state, "held until the controller tells");
                 Ok(())

@@ -4,7 +4,7 @@
 //! is called per connection.
 
 use std::{
-    collections::HashSet,
+    collections::{HashMap, HashSet},
     io,
     net::{IpAddr, Ipv4Addr},
     os::fd::AsRawFd as _,
@@ -153,7 +153,7 @@ pub fn leave_repair(tree: &[u32]) -> Result<usize> {
     let mut errors = Errors::default();
     let mut left = 0;
     let all = tcp()?;
-    let tcp_inodes: HashSet<u64> = all.iter().map(|s| u64::from(s.inode)).collect();
+    let ports: HashMap<u64, u16> = all.iter().map(|s| (u64::from(s.inode), s.local.1)).collect();
     let listening: HashSet<u16> = all.iter().filter(|s| s.listens()).map(|s| s.local.1).collect();
     let mut seen = HashSet::new();
     for &pid in tree {
@@ -167,19 +167,15 @@ pub fn leave_repair(tree: &[u32]) -> Result<usize> {
             let inode = std::fs::read_link(entry.path())
                 .ok()
                 .and_then(|l| l.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse::<u64>().ok());
-            // a socket without an inode in the table can still be in repair, e.g. closed by the peer
-            let Some(inode) = inode else { continue };
-            if !seen.insert(inode) {
-                continue;
-            }
+            // processes of a tree share sockets
+            let Some(inode) = inode.filter(|i| seen.insert(*i)) else { continue };
             let Some(socket) = errors.keep(process::borrow_fd(&pidfd, number)) else { continue };
             if repair_mode(socket.as_raw_fd()) != Some(1) {
                 continue;
             }
             if errors.keep(set_tcp_repair(socket.as_raw_fd(), TCP_REPAIR_OFF_NO_WP)).is_some() {
                 left += 1;
-                let port = all.iter().find(|s| u64::from(s.inode) == inode).map(|s| s.local.1);
-                if tcp_inodes.contains(&inode) && port.is_some_and(|p| listening.contains(&p)) {
+                if ports.get(&inode).is_some_and(|port| listening.contains(port)) {
                     let set = sockopt::ReuseAddr.set(&socket, &true);
                     errors.keep(set.map_err(Error::errno("setting SO_REUSEADDR of descriptor", number)));
                 }

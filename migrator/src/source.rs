@@ -19,7 +19,8 @@
 
 use std::{
     collections::HashSet,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -91,17 +92,28 @@ fn advance(
     live: &mut Live,
     event: SourceEvent,
 ) -> Answer<Next<SourceState>> {
+    advance_with(node, migration, live, event, |_| {})
+}
+
+/// The same, with another change in the same write.
+fn advance_with(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    event: SourceEvent,
+    edit: impl FnOnce(&mut Source),
+) -> Answer<Next<SourceState>> {
     let (_, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let next = source.state.on(event);
     match next {
-        Next::Go(state) => change(node, migration, live, |s| s.state = state)?,
+        Next::Go(state) => change(node, migration, live, |s| {
+            s.state = state;
+            edit(s);
+        })?,
         Next::Already => {}
         Next::Refuse(why) => {
-            return Err(Failure::refused(format!(
-                "migration {} is {}: {why}",
-                migration.id,
-                source.state.name()
-            )));
+            let words = format!("migration {} is {}: {why}", migration.id, source.state.name());
+            return Err(Failure::refused(words));
         }
     }
     Ok(next)
@@ -231,25 +243,16 @@ pub async fn freeze(node: &Arc<Node>, id: &str, yield_with_vote: bool) -> Answer
     let mut clock = Clock::start();
     let migration = node.get(id).ok_or_else(|| unknown(id))?;
     let mut live = migration.lock().await;
-    if advance(node, &migration, &mut live, SourceEvent::Freeze)? == Next::Already {
+    let begun = advance_with(node, &migration, &mut live, SourceEvent::Freeze, |s| s.touched = true)?;
+    if begun == Next::Already {
         return answer(&live);
     }
-    let worked = match change(node, &migration, &mut live, |s| s.touched = true) {
-        Ok(()) => freeze_steps(node, &migration, &mut live, &mut clock).await,
-        Err(e) => Err(e.into()),
-    };
-    let voted = worked.and_then(|(image_bytes, losses)| {
-        let connections = live.facts.as_ref().map_or(0, |f| f.established);
+    let worked = freeze_steps(node, &migration, &mut live, &mut clock).await;
+    let voted = worked.and_then(|(image_bytes, fenced)| {
+        let Fenced { connections, losses } = fenced;
         let vote = Vote { steps: clock.finish(), image_bytes, connections, losses };
         let event = if yield_with_vote { SourceEvent::VoteYielded } else { SourceEvent::Vote };
-        let (_, source) = part(&live).ok_or_else(|| unknown(id))?;
-        match source.state.on(event) {
-            Next::Go(state) => Ok(change(node, &migration, &mut live, |s| {
-                s.vote = Some(vote);
-                s.state = state;
-            })?),
-            _ => Err(Failure::refused(format!("migration {id} is {}", source.state.name()))),
-        }
+        advance_with(node, &migration, &mut live, event, |s| s.vote = Some(vote))
     });
     if let Err(failure) = voted {
         return Err(undo_after(node, &migration, &mut live, failure).await);
@@ -308,8 +311,8 @@ async fn freeze_steps(
     migration: &Arc<Migration>,
     live: &mut Live,
     clock: &mut Clock,
-) -> Answer<(u64, Vec<String>)> {
-    let losses = dump(node, migration, live, clock).await?;
+) -> Answer<(u64, Fenced)> {
+    let fenced = dump(node, migration, live, clock).await?;
     let limit = node.config.freeze_limit();
     let exited = live.swrk.as_ref().map(Swrk::exited);
     let died = async {
@@ -333,12 +336,12 @@ async fn freeze_steps(
             return Err(Failure::new(Code::Aborted, words));
         }
     };
-    Ok((bytes, losses))
+    Ok((bytes, fenced))
 }
 
 /// Fence and dump. Ends with the tasks held by the freezer and CRIU waiting at `post-dump`. Is never interrupted: CRIU
 /// killed with its parasite inside a task would ruin the task.
-async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<Vec<String>> {
+async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<Fenced> {
     let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, pid) = (record.address, source.pid);
     let identity = Identity { pid, start_time: source.start_time };
@@ -354,19 +357,22 @@ async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut C
         Failure::new(Code::Aborted, format!("dump: {}: {reason}", chain(&e)))
     };
     let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("dump: criu swrk is not running"))?;
+    // until its final response it may have the sockets in repair mode
+    live.broken = true;
     swrk.dump(pid, &images, needs).await.map_err(died)?;
-    let mut losses = Vec::new();
+    let mut fence = Fenced::default();
     let mut dump_started = Instant::now();
     loop {
         match swrk.event().await.map_err(died)? {
             Event::Notify(point) if point == "pre-dump" => {
                 let fenced = clock.step("fence", fence_off(&migration.id, v, &placement.dir)).await;
                 match fenced {
-                    Ok(lost) => losses = lost,
+                    Ok(fenced) => fence = fenced,
                     Err(e) => {
                         // CRIU has not touched the tasks yet, and now will not
                         swrk.answer(false).await.map_err(failed)?;
                         swrk.finish(false, CRIU_PATIENCE).await.map_err(failed)?;
+                        live.broken = false;
                         return Err(Failure::at("fence", &e));
                     }
                 }
@@ -377,10 +383,11 @@ async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut C
                 live.held = true;
                 freezer::freeze(&placement.dir).await.map_err(failed)?;
                 clock.note("dump", dump_started);
-                return Ok(losses);
+                return Ok(fence);
             }
             Event::Notify(_) => swrk.answer(true).await.map_err(failed)?,
             Event::Final { .. } => {
+                live.broken = false;
                 let reason = node.criu_failure(&migration.id, criu::DUMP_LOG);
                 return Err(Failure::new(Code::Aborted, format!("dump: CRIU: {reason}")));
             }
@@ -388,15 +395,19 @@ async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut C
     }
 }
 
-/// New connections out, then a bounded wait for what is under way, then everything out. Returns what will be lost.
-async fn fence_off(
-    migration: &str,
-    v: std::net::Ipv4Addr,
-    tree_dir: &std::path::Path,
-) -> Result<Vec<String>> {
+/// What was found when the fence closed.
+#[derive(Debug, Default)]
+struct Fenced {
+    /// TCP connections that are taken along.
+    connections: u32,
+    /// What is not, in words.
+    losses: Vec<String>,
+}
+
+/// New connections out, then a bounded wait for what is under way, then everything out.
+async fn fence_off(migration: &str, v: Ipv4Addr, tree_dir: &Path) -> Result<Fenced> {
     fence::set(migration, v, Strength::NewConnections)?;
-    let tree = freezer::procs(tree_dir)?;
-    let owned = process::holdings(&tree)?.sockets;
+    let owned = process::holdings(&freezer::procs(tree_dir)?)?.sockets;
     let deadline = Instant::now() + DRAIN;
     let left = loop {
         let left = in_transit(v, &owned)?;
@@ -406,27 +417,29 @@ async fn fence_off(
         tokio::time::sleep(DRAIN_LOOK).await;
     };
     fence::set(migration, v, Strength::All)?;
-    let (queues, mut losses) = (left.queues, left.closing);
-    if let Some((port, waiting)) = queues.first() {
+    if let Some((port, waiting)) = left.queues.first() {
         return Err(Error::other(format!(
             "{waiting} connections to port {port} wait to be accepted and the service does not accept them within {} \
              ms; CRIU cannot take them along",
             DRAIN.as_millis()
         )));
     }
+    let mut losses = left.closing;
     for socket in sockets::udp()?.iter().filter(|s| owned.contains(&s.inode) && s.recv_queue > 0) {
         losses
             .push(format!("UDP port {}: {} bytes received but not read", socket.local.1, socket.recv_queue));
     }
-    Ok(losses)
+    Ok(Fenced { connections: left.connections, losses })
 }
 
-/// What drains under the SYN fence.
+/// What drains under the SYN fence, and what stays.
 struct InTransit {
     /// Listening port, connections waiting to be accepted.
     queues: Vec<(u16, u32)>,
     /// Handshakes and closing connections on v, in words.
     closing: Vec<String>,
+    /// Connections the service owns.
+    connections: u32,
 }
 
 impl InTransit {
@@ -435,10 +448,11 @@ impl InTransit {
     }
 }
 
-fn in_transit(v: std::net::Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> {
+fn in_transit(v: Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> {
     let tcp = sockets::tcp()?;
     let queues = tcp.iter().filter(|s| s.listens() && owned.contains(&s.inode) && s.recv_queue > 0);
     let closing = tcp.iter().filter(|s| s.local.0 == IpAddr::V4(v) && s.in_transit());
+    let connections = tcp.iter().filter(|s| s.connected() && owned.contains(&s.inode)).count();
     Ok(InTransit {
         queues: queues.map(|s| (s.local.1, s.recv_queue)).collect(),
         closing: closing
@@ -446,6 +460,7 @@ fn in_transit(v: std::net::Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> 
                 format!("connection {}:{} was opening or closing and is not taken along", s.peer.0, s.peer.1)
             })
             .collect(),
+        connections: u32::try_from(connections).unwrap_or(u32::MAX),
     })
 }
 
@@ -668,16 +683,16 @@ pub async fn undo(
 async fn let_go(node: &Node, id: &str, live: &mut Live) -> bool {
     let held = std::mem::take(&mut live.held);
     if let Some(mut swrk) = live.swrk.take() {
-        let mut clean = true;
+        let mut clean = !live.broken;
         if held {
             let thawed = async {
                 swrk.answer(false).await?;
                 swrk.finish(false, CRIU_PATIENCE).await
             };
             // the final response reports the failure that we asked for
-            if let Err(e) = thawed.await {
-                tracing::warn!(migration = id, error = chain(&e), "CRIU did not let go by itself");
-                clean = false;
+            match thawed.await {
+                Ok(_) => clean = true,
+                Err(e) => tracing::warn!(migration = id, error = chain(&e), "CRIU did not let go by itself"),
             }
         }
         // dropping the socket ends one that has not been asked anything

@@ -169,9 +169,9 @@ impl World {
         };
         let name = host.name();
         let run = || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(async {
-                let tls = Tls::load(&files).unwrap();
+                let tls = Tls::load(&files).map_err(|e| Status::internal(e.to_string()))?;
                 let channel = tls.connect(Role::Migrator, name, endpoint).await;
                 let channel =
                     channel.map_err(|e| Status::unavailable(handover_migrator::error::chain(&e)))?;
@@ -261,6 +261,14 @@ impl World {
         Ok(status.migrations.iter().find(|m| m.migration == id).map_or_else(String::new, |m| m.state.clone()))
     }
 
+    fn soon_in(&self, host: &Host, id: &str, state: &str) -> anyhow::Result<()> {
+        soon(|| {
+            let now = self.state(host, id)?;
+            ensure!(now == state, "{id} is {now} at {}", host.name());
+            Ok(())
+        })
+    }
+
     /// The user's traffic goes to this server from now on.
     fn switch_to(&self, host: &Host) -> anyhow::Result<()> {
         let via = if host.name() == "a" { "10.2.0.2" } else { "10.3.0.2" };
@@ -281,7 +289,7 @@ impl World {
             ensure!(routes.trim().is_empty(), "{name}: {routes}");
             let images: Vec<_> = std::fs::read_dir(host.path("/run/handover-migrator"))?.collect();
             ensure!(images.is_empty(), "{name}: {images:?}");
-            let criu: Vec<_> = host.processes()?.into_iter().filter(|(_, c)| c.contains("swrk")).collect();
+            let criu: Vec<_> = host.processes()?.into_iter().filter(|(_, c)| is_swrk(c)).collect();
             ensure!(criu.is_empty(), "{name}: {criu:?}");
         }
         let address = |host: &Host| host.run(["ip", "-o", "address", "show", "to", V]);
@@ -350,9 +358,13 @@ fn soon(check: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
 
 /// Plays `scenario`; when it fails, with the daemons' logs.
 fn play(lease: u64, scenario: impl FnOnce(&mut World) -> anyhow::Result<()>) {
-    let mut world = World::new(lease).unwrap();
-    if let Err(e) = scenario(&mut world) {
-        panic!("{e:?}\n{}", world.scene());
+    match World::new(lease) {
+        Err(e) => panic!("{e:?}"),
+        Ok(mut world) => {
+            if let Err(e) = scenario(&mut world) {
+                panic!("{e:?}\n{}", world.scene());
+            }
+        }
     }
 }
 
@@ -450,16 +462,21 @@ fn without_yield_the_source_goes_on_alone() {
         let (a, b) = (w.a.clone(), w.b.clone());
         w.prepare(&a, &b, "m1")?;
         w.freeze(&a, "m1")?;
-        soon(|| Ok(ensure!(w.state(&a, "m1")? == "aborted")))?;
+        w.soon_in(&a, "m1", "aborted")?;
         w.soon_clean(&a, &b)?;
         w.goes_on()?;
         refused(w.yield_right(&a, "m1"), Code::FailedPrecondition, "aborted")
     });
 }
 
+/// CRIU calls itself "criu: dump --rpc ..." once it has been asked.
+fn is_swrk(command: &str) -> bool {
+    command.contains(" swrk ") || command.contains(" --rpc ")
+}
+
 /// Of criu swrk, as the host numbers it.
 fn swrk(host: &Host) -> anyhow::Result<i32> {
-    let found = host.processes()?.into_iter().find(|(_, c)| c.contains(" swrk "));
+    let found = host.processes()?.into_iter().find(|(_, c)| is_swrk(c));
     found.map(|(pid, _)| pid).context("no criu swrk")
 }
 
@@ -470,7 +487,7 @@ fn criu_killed_while_it_keeps_the_process() {
         w.prepare(&a, &b, "voted")?;
         w.freeze(&a, "voted")?;
         a.signal(swrk(&a)?, Signal::SIGKILL)?;
-        soon(|| Ok(ensure!(w.state(&a, "voted")? == "aborted")))?;
+        w.soon_in(&a, "voted", "aborted")?;
         w.soon_clean(&a, &b)?;
         w.goes_on()?;
 
@@ -572,6 +589,54 @@ fn a_restore_that_fails_is_told_with_crius_reason() {
 }
 
 #[test]
+fn a_daemon_told_to_end_lets_the_service_go_on() {
+    play(10, |w| {
+        let (a, b) = (w.a.clone(), w.b.clone());
+        w.prepare(&a, &b, "m1")?;
+        w.freeze(&a, "m1")?;
+        w.migrators[0].process.signal(Signal::SIGTERM)?;
+        ensure!(w.migrators[0].process.wait()?.success());
+        w.goes_on()?;
+        w.abort(&b, "m1")?;
+        w.clean(&a, &b)
+    });
+}
+
+#[test]
+fn connections_that_nobody_accepts_fail_the_freeze_and_harm_nothing() {
+    play(10, |w| {
+        let (a, b) = (w.a.clone(), w.b.clone());
+        let listen = format!(
+            "use IO::Socket::INET; my $s = IO::Socket::INET->new(Listen => 5, LocalAddr => '{V}', LocalPort => 9000); sleep 1000"
+        );
+        let mut deaf = a.spawn(&Program::argv(["perl", "-e", &listen]).min_pid(PID + 1000))?;
+        let waiting = format!("exec 3<>/dev/tcp/{V}/9000; sleep 1000");
+        soon(|| {
+            w.viewer.spawn(&Program::argv(["bash", "-c", &waiting]))?;
+            ensure!(a.run(["ss", "-Htln", "sport", "=", ":9000"])?.split_whitespace().nth(1) == Some("1"));
+            Ok(())
+        })?;
+        let mut request = PrepareRequest {
+            migration: "m1".into(),
+            service: w.service(),
+            destination: w.server(&b),
+            user_addresses: vec!["10.1.0.100".into()],
+            allow_other_peers: false,
+        };
+        if let Some(s) = request.service.as_mut() {
+            s.target = Some(Target { by: Some(By::Command("^perl ".into())) });
+        }
+        w.call(&a, |mut c| async move { c.prepare(request).await })?;
+        refused(w.freeze(&a, "m1"), Code::Aborted, "fence: 1 connections to port 9000 wait to be accepted")?;
+        w.goes_on()?;
+        deaf.stdin.take();
+        a.signal(deaf.pid(), Signal::SIGKILL)?;
+        deaf.wait()?;
+        w.soon_clean(&a, &b)
+    });
+}
+
+#[test]
 fn preflight_names_what_is_wrong() {
     play(10, |w| {
         let codes = |r: PreflightResponse| r.findings.into_iter().map(|f| f.code).collect::<Vec<_>>();
@@ -624,7 +689,10 @@ fn preflight_names_what_is_wrong() {
         ensure!(codes(w.preflight_destination(other)?) == ["file-different"]);
         let listener =
             w.b.spawn(&Program::new(program("film-server")?).args(["--listen", "0.0.0.0:8080"]))?;
-        soon(|| Ok(ensure!(codes(w.preflight_destination(facts.clone())?) == ["port-taken"])))?;
+        soon(|| {
+            ensure!(codes(w.preflight_destination(facts.clone())?) == ["port-taken"]);
+            Ok(())
+        })?;
         listener.signal(Signal::SIGKILL)?;
         listener.wait()?;
         let migrators = By::Command("sleep|film".into());

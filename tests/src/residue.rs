@@ -33,12 +33,20 @@ pub fn of(host: &Host) -> anyhow::Result<Residue> {
         Ok(text.lines().map(|l| l.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
     };
     let v = V.to_string();
+    let mut sockets = lines(&["ss", "-tanH"])?;
+    sockets.retain(|l| l.contains(&v));
+    for line in &mut sockets {
+        // the lengths of the queues change all the time
+        let mut words: Vec<&str> = line.split(' ').collect();
+        words.drain(1..3);
+        *line = words.join(" ");
+    }
     let mut found = Residue::from([
         ("nftables tables", host.enter(tables)?.context("listing nftables tables")?),
         ("addresses", lines(&["ip", "-o", "-4", "addr"])?),
         ("routes", lines(&["ip", "-4", "route", "show", "table", "all"])?),
         ("rules", lines(&["ip", "-4", "rule"])?),
-        ("sockets of v", lines(&["ss", "-tanH"])?.into_iter().filter(|l| l.contains(&v)).collect()),
+        ("sockets of v", sockets),
         ("processes", host.processes()?.into_iter().map(|(_, line)| line).collect()),
         ("cgroups", below(host.cgroup(), &|path| path.is_dir())?),
     ]);

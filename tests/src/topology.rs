@@ -429,13 +429,24 @@ target = {{ command = "{}" }}
     /// # Errors
     /// If it does not listen in time.
     pub fn start_service(&self, app: App) -> anyhow::Result<Service> {
+        self.start_service_of(app, 8)
+    }
+
+    /// As [`Self::start_service`]; the film server holds `memory_mib` MiB, so that copying it takes its time.
+    ///
+    /// # Errors
+    /// If it does not listen in time.
+    pub fn start_service_of(&self, app: App, memory_mib: u16) -> anyhow::Result<Service> {
         let server = self.server(Site::Main)?;
         server.ip(&format!("addr add {V}/32 dev service0"))?;
         let mut file = None;
         let program = match app {
-            App::Film => {
-                Program::new(program("film-server")?).args(["--listen", &format!("{V}:{}", app.port())])
-            }
+            App::Film => Program::new(program("film-server")?).args([
+                "--listen",
+                &format!("{V}:{}", app.port()),
+                "--memory-mib",
+                &memory_mib.to_string(),
+            ]),
             App::Redis => Program::new("redis-server").args([
                 "--bind",
                 &V.to_string(),
@@ -465,7 +476,9 @@ target = {{ command = "{}" }}
             ensure!(Instant::now() < deadline, "{} does not listen on {V}:{}", app.name(), app.port());
             std::thread::sleep(Duration::from_millis(5)); // between two looks; the kernel tells of no listen
         }
-        Ok(Service { app, process, file })
+        let running = server.processes()?.into_iter().find(|(pid, _)| *pid == process.pid());
+        let (_, line) = running.with_context(|| format!("{} is gone", app.name()))?;
+        Ok(Service { app, process, line, file })
     }
 
     /// Starts the client of a service on taro; returns when it is being served.
@@ -510,8 +523,8 @@ target = {{ command = "{}" }}
     pub fn sites_of(&self, service: &Service) -> anyhow::Result<Vec<Site>> {
         let mut found = Vec::new();
         for site in Site::ALL {
-            let processes = self.server(site)?.processes()?;
-            if processes.iter().any(|(pid, _)| *pid == service.process.pid()) {
+            let is = |(pid, line): &(i32, String)| *pid == service.process.pid() && *line == service.line;
+            if self.server(site)?.processes()?.iter().any(is) {
                 found.push(site);
             }
         }
@@ -571,6 +584,8 @@ pub struct Service {
     pub app: App,
     /// Its process as it was started.
     pub process: Process,
+    /// Its command line when it listened.
+    line: String,
     file: Option<Download>,
 }
 

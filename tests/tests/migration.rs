@@ -3,7 +3,6 @@
 
 use handover_lab::{
     apps::Report,
-    residue::{self, Residue},
     scenario::{Moved, Play},
     topology::{App, Site},
 };
@@ -69,24 +68,16 @@ fn nginx_moves_and_comes_back_in_the_middle_of_a_download() {
     assert!(last.finished && last.bytes == 512 << 20, "{last:?}");
 }
 
-fn residues(play: &Play) -> Vec<(&'static str, Residue)> {
-    ["main-server", "backup-server", "main-router", "backup-router", "gateway", "control", "taro"]
-        .map(|name| (name, residue::of(play.topology.lab().host(name).unwrap()).unwrap()))
-        .to_vec()
-}
-
 #[test]
 fn twenty_migrations_leave_nothing_behind() {
     let mut play = Play::start(App::Film).unwrap();
-    let before = residues(&play);
+    let before = play.residues().unwrap();
     for _ in 0..10 {
         for to in [Site::Backup, Site::Main] {
             migrate(&mut play, to);
         }
     }
-    for ((name, before), (_, after)) in before.iter().zip(residues(&play)) {
-        let left = residue::difference(before, &after);
-        assert!(left.is_empty(), "left on {name}:\n{}", left.join("\n"));
-    }
+    let left = play.left_since(&before).unwrap();
+    assert!(left.is_empty(), "{}", left.join("\n"));
     finish(play);
 }

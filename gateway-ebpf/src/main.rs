@@ -96,7 +96,6 @@ fn verdict(result: Result<Outcome, Outcome>) -> u32 {
     match outcome.action() {
         Action::Drop => xdp_action::XDP_DROP,
         Action::Host => xdp_action::XDP_PASS,
-        Action::Answer => xdp_action::XDP_TX,
         Action::Forward => xdp_action::XDP_REDIRECT,
     }
 }
@@ -289,12 +288,12 @@ fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let mac = wire_mac_word(src);
     let key = UserKey { mac, ifindex: ctx.ingress_ifindex() as u32, tag: 0 };
     // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
-    let slot = *unsafe { USER_INDEX.get(&key) }.ok_or(Outcome::AccessUnknownUser)?;
+    let slot = *unsafe { USER_INDEX.get(key) }.ok_or(Outcome::AccessUnknownUser)?;
     let user = FoundUser::by_mac(slot, mac).ok_or(Outcome::AccessUnknownUser)?;
 
     let word = user.word();
     if word.switch() == 0 {
-        return send(ctx, eth, &headers, word.a());
+        return send(ctx, eth, &headers, &user, word.a());
     }
 
     // SAFETY: helpers without arguments.
@@ -303,7 +302,7 @@ fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let result = match user.select(word) {
         None => Err(Outcome::AccessGeneration),
         Some(selection) => {
-            let result = send(ctx, eth, &headers, selection.network);
+            let result = send(ctx, eth, &headers, &user, selection.network);
             // `a` is what the switch turns away from
             if matches!(result, Ok(Outcome::AccessForwarded)) && selection.network == word.a() {
                 stamp(cpu, word.switch());
@@ -326,7 +325,13 @@ fn stamp(cpu: u32, switch: u32) {
 
 /// A user's frame into `network`.
 #[inline(always)]
-fn send(ctx: &XdpContext, eth: *mut Eth, headers: &Headers, network: u16) -> Result<Outcome, Outcome> {
+fn send(
+    ctx: &XdpContext,
+    eth: *mut Eth,
+    headers: &Headers,
+    user: &FoundUser,
+    network: u16,
+) -> Result<Outcome, Outcome> {
     let network = FoundNetwork::at(network).ok_or(Outcome::Internal)?;
     let link = network.link();
     if !link.in_use() {
@@ -345,7 +350,9 @@ fn send(ctx: &XdpContext, eth: *mut Eth, headers: &Headers, network: u16) -> Res
         }
         if op == ARP_REQUEST.to_be() && target == network.address() {
             answer_for_router(eth, arp, word_wire_mac(virtual_mac));
-            return Ok(Outcome::AccessArpAnswered);
+            // not XDP_TX: a veth never wakes a peer without an XDP program for that (its
+            // veth_xdp_flush; seen on Linux 6.18)
+            return redirect(User::port_of(user.identity), Outcome::AccessArpAnswered, Outcome::AccessNoPort);
         }
         // SAFETY: as above.
         unsafe {
@@ -375,7 +382,7 @@ fn send(ctx: &XdpContext, eth: *mut Eth, headers: &Headers, network: u16) -> Res
             unsafe { (*tag).tci = with_vid(tci, vid).to_be() };
         }
     }
-    DEVICE.redirect(link.port(), 0).map(|_| Outcome::AccessForwarded).map_err(|_| Outcome::AccessNoPort)
+    redirect(link.port(), Outcome::AccessForwarded, Outcome::AccessNoPort)
 }
 
 /// Makes a request for the router's address the answer to it.
@@ -444,7 +451,7 @@ fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
         if is_request {
             outcome = Outcome::WanArpForwarded;
             // SAFETY: the value is copied; a slot that was given to another since is settled by its network.
-            let slot = *unsafe { USER_BY_IP.get(&target) }.ok_or(Outcome::WanUnknownUser)?;
+            let slot = *unsafe { USER_BY_IP.get(target) }.ok_or(Outcome::WanUnknownUser)?;
             FoundUser::in_slot(slot).ok_or(Outcome::Internal)?
         } else {
             by_destination(dst)?
@@ -472,7 +479,12 @@ fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     if !fits(ctx, port, false) {
         return Err(Outcome::WanTooLong);
     }
-    DEVICE.redirect(port, 0).map(|_| outcome).map_err(|_| Outcome::WanNoPort)
+    redirect(port, outcome, Outcome::WanNoPort)
+}
+
+#[inline(always)]
+fn redirect(port: u32, sent: Outcome, missing: Outcome) -> Result<Outcome, Outcome> {
+    DEVICE.redirect(port, 0).map(|_| sent).map_err(|_| missing)
 }
 
 /// The user a frame from the WAN is addressed to.
@@ -483,7 +495,7 @@ fn by_destination(dst: WireMac) -> Result<FoundUser, Outcome> {
     }
     let mac = wire_mac_word(dst);
     // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
-    let slot = *unsafe { USER_BY_MAC.get(&mac) }.ok_or(Outcome::WanUnknownUser)?;
+    let slot = *unsafe { USER_BY_MAC.get(mac) }.ok_or(Outcome::WanUnknownUser)?;
     FoundUser::by_mac(slot, mac).ok_or(Outcome::WanUnknownUser)
 }
 

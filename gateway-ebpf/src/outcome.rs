@@ -7,9 +7,7 @@ pub enum Action {
     Drop,
     /// XDP_PASS: to the gateway's own host.
     Host,
-    /// XDP_TX: back out of the interface it came from.
-    Answer,
-    /// XDP_REDIRECT: out of another interface.
+    /// XDP_REDIRECT: out of an interface.
     Forward,
 }
 
@@ -47,7 +45,7 @@ macro_rules! outcomes {
 
 outcomes! {
     AccessForwarded "access_forwarded" Forward: "From a user, sent into the user's network.";
-    AccessArpAnswered "access_arp_answered" Answer: "A user's ARP request for the router, answered with the virtual MAC.";
+    AccessArpAnswered "access_arp_answered" Forward: "A user's ARP request for the router, answered with the virtual MAC.";
     AccessLinkLocal "access_link_local" Host: "Link-local control frame on the access side, given to the host.";
     AccessTruncated "access_truncated" Drop: "Ended inside a header.";
     AccessUnknownUser "access_unknown_user" Drop: "The source MAC is no user's on this interface.";

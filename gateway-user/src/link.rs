@@ -151,7 +151,11 @@ impl Link {
         let mut value = Value { command, data };
         let mut request = self.request();
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        self.ioctl(libc::SIOCETHTOOL, "reading or setting its VLAN offload (rxvlan)", request)?;
+        self.ioctl(
+            libc::SIOCETHTOOL,
+            "reading or switching off its rx-vlan-offload (needs CAP_NET_ADMIN)",
+            request,
+        )?;
         Ok(value.data)
     }
 

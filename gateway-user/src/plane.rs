@@ -331,7 +331,7 @@ impl Plane {
             while inside % 2 == 1 && epoch.load(Ordering::Acquire) == inside {
                 std::hint::spin_loop();
                 turns += 1;
-                if turns % 1024 == 0 {
+                if turns.is_multiple_of(1024) {
                     thread::yield_now();
                     if begun.elapsed() > RUN_LIMIT {
                         tracing::warn!(cpu, "a program run did not end; the switch window is a lower bound");

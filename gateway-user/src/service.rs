@@ -88,6 +88,11 @@ impl Gateway {
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let mut access = Link::open(&config.access)?;
         let mut wan = Link::open(&config.wan)?;
+        let wan_mac = wan.mac()?;
+        let mut plane = Plane::load(&Options {
+            max_users: config.max_users,
+            virtual_router_mac: config.virtual_router_mac,
+        })?;
         for link in [&mut access, &mut wan] {
             if link.show_tags()? {
                 info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
@@ -96,11 +101,6 @@ impl Gateway {
                 warn!(interface = link.name, "the interface is down or has no carrier");
             }
         }
-        let wan_mac = wan.mac()?;
-        let mut plane = Plane::load(&Options {
-            max_users: config.max_users,
-            virtual_router_mac: config.virtual_router_mac,
-        })?;
         plane.set_port(Side::Access, access.index, access.largest_frame()?)?;
         plane.set_port(Side::Wan, wan.index, wan.largest_frame()?)?;
         let introducer =

@@ -1,5 +1,7 @@
 //! The rules for frames, one by one, on the loaded programs.
 
+#![allow(clippy::unwrap_used, reason = "a test ends there")]
+
 mod common;
 
 use std::{
@@ -16,7 +18,6 @@ use handover_gateway::{mac::Mac, plane::Side, table::Write};
 
 const DROP: u32 = 1;
 const PASS: u32 = 2;
-const TX: u32 = 3;
 const REDIRECT: u32 = 4;
 
 const ZERO: Mac = Mac([0; 6]);
@@ -208,13 +209,13 @@ fn who_has_r_is_answered_with_the_virtual_mac() {
         for dst in [BROADCAST, VIRTUAL] {
             let ran = rig.access(&frame(dst, TARO, tci, ARP, &arp(1, TARO, TARO_IP, ZERO, R)));
             let answer = frame(TARO, VIRTUAL, tci, ARP, &arp(2, VIRTUAL, R, TARO, TARO_IP));
-            expect(&ran, Outcome::AccessArpAnswered, TX, &answer);
+            expect(&ran, Outcome::AccessArpAnswered, REDIRECT, &answer);
         }
     }
     // is anybody r? (duplicate address detection)
     let ran = rig.access(&frame(BROADCAST, TARO, None, ARP, &arp(1, TARO, [0; 4], ZERO, R)));
     let answer = frame(TARO, VIRTUAL, None, ARP, &arp(2, VIRTUAL, R, TARO, [0; 4]));
-    expect(&ran, Outcome::AccessArpAnswered, TX, &answer);
+    expect(&ran, Outcome::AccessArpAnswered, REDIRECT, &answer);
 }
 
 #[test]
@@ -461,8 +462,16 @@ fn after_the_window_no_frame_goes_under_the_old_network_however_fast_they_come()
     let plane = &rig.plane;
     let sent = frame(VIRTUAL, TARO, None, IPV4, b"payload");
     let stop = AtomicBool::new(false);
+    /// Ends the load, also when an assertion ends the test.
+    struct Stop<'a>(&'a AtomicBool);
+    impl Drop for Stop<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
     let mut windows = Vec::with_capacity(FLIPS);
     thread::scope(|scope| {
+        let _stop = Stop(&stop);
         scope.spawn(|| {
             let program = plane.program(Side::Access).unwrap();
             while !stop.load(Ordering::Relaxed) {
@@ -485,7 +494,6 @@ fn after_the_window_no_frame_goes_under_the_old_network_however_fast_they_come()
             assert_eq!(plane.window(staged.switch, committed), window, "a later frame under the old network");
             windows.push(window);
         }
-        stop.store(true, Ordering::Relaxed);
     });
     windows.sort_unstable();
     let seen = windows.iter().filter(|w| **w > 0).count();

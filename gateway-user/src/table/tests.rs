@@ -226,9 +226,11 @@ fn every_call_in_every_state() {
 
     let m = || "m".to_string();
     let (is, no) = (|text: &str| Ok(text.to_string()), Err);
+    /// The answer, and where taro, hanako and jiro are after it.
+    type After = (Result<String, Refusal>, [u16; 3]);
     #[rustfmt::skip]
-    let table: [(&str, Call, [(Result<String, Refusal>, [u16; 3]); 6]); 4] = [
-        // none, staging, staged, switched, aborted, finished: the answer, and where taro, hanako and jiro are after it
+    let table: [(&str, Call, [After; 6]); 4] = [
+        // none, staging, staged, switched, aborted, finished
         ("stage", stage, [
             (is("1/1"), OLD), (is("1/1"), OLD), (is("1/1"), OLD), (is("1/1"), NEW),
             (no(Refusal::Aborted(m())), OLD), (no(Refusal::Finished(m())), NEW),

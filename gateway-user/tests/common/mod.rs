@@ -39,7 +39,7 @@ pub struct Rig {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Ran {
     pub outcome: Outcome,
-    /// XDP_DROP 1, XDP_PASS 2, XDP_TX 3, XDP_REDIRECT 4
+    /// XDP_DROP 1, XDP_PASS 2, XDP_REDIRECT 4
     pub verdict: u32,
     pub frame: Vec<u8>,
 }

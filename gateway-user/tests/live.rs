@@ -1,0 +1,590 @@
+//! The daemon as it is run, between a user and a router in network namespaces of the test's own.
+//!
+//! ```text
+//!   taro --eth0====access0-- gateway --wan0====up0-- router
+//! ```
+//!
+//! The router's kernel answers on the untagged network `flat`; in VLAN 2 (`net2`) the test itself plays the router, because
+//! the kernels this has to run on may lack 802.1Q devices; in VLAN 3 (`net3`) nobody answers.
+
+#![allow(clippy::unwrap_used, reason = "a test ends there")]
+
+mod common;
+
+use std::{
+    fs,
+    io::{BufRead as _, BufReader, Read as _},
+    mem,
+    net::{Ipv4Addr, UdpSocket},
+    os::{
+        fd::{AsFd as _, AsRawFd as _, OwnedFd},
+        unix::process::CommandExt as _,
+    },
+    path::{Path, PathBuf},
+    process::{Child, ChildStderr, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use common::{TARO, VIRTUAL, arp, bare, network, user};
+use handover_api::{
+    tls::{Role, Tls, init_authority, issue},
+    v1::{self, gateway_client::GatewayClient},
+};
+use handover_gateway::mac::Mac;
+use nix::{
+    sched::{CloneFlags, setns, unshare},
+    sys::{
+        signal::{Signal, kill},
+        socket::{
+            AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, setsockopt, socket,
+            sockopt::ReceiveTimeout,
+        },
+        time::{TimeVal, TimeValLike as _},
+    },
+    unistd::Pid,
+};
+use tonic::{Code, transport::Channel};
+
+const R: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 1);
+const TARO_IP: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 100);
+const ROUTER2: Mac = Mac([0x02, 0, 0, 0, 0x0b, 2]);
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// A network namespace; it ends with the last of its descriptors, processes and threads.
+struct Ns(fs::File);
+
+impl Ns {
+    fn new() -> Self {
+        let file = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNET).expect("this test needs root");
+            fs::File::open("/proc/thread-self/ns/net").unwrap()
+        });
+        let ns = Self(file.join().unwrap());
+        ns.sh("ip link set lo up");
+        ns
+    }
+
+    fn command(&self, program: impl AsRef<std::ffi::OsStr>) -> Command {
+        let ns = self.0.try_clone().unwrap();
+        let mut command = Command::new(program);
+        // SAFETY: setns is one system call, which is all the child does before it is replaced.
+        unsafe {
+            command.pre_exec(move || Ok(setns(ns.as_fd(), CloneFlags::CLONE_NEWNET)?));
+        }
+        command
+    }
+
+    fn sh(&self, line: &str) -> String {
+        let mut words = line.split_whitespace();
+        let output = self.command(words.next().unwrap()).args(words).output().unwrap();
+        assert!(output.status.success(), "{line}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// Where other processes find it.
+    fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
+    /// Runs `work` inside, on a thread of its own.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    setns(self.0.as_fd(), CloneFlags::CLONE_NEWNET).unwrap();
+                    work()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+struct Lab {
+    taro: Ns,
+    gateway: Ns,
+    router: Ns,
+    dir: tempfile::TempDir,
+}
+
+impl Lab {
+    fn new() -> Self {
+        let (taro, gateway, router) = (Ns::new(), Ns::new(), Ns::new());
+        gateway.sh(&format!("ip link add access0 type veth peer name eth0 netns {}", taro.path()));
+        gateway.sh(&format!("ip link add wan0 type veth peer name up0 netns {}", router.path()));
+        for (ns, interface) in [(&taro, "eth0"), (&router, "up0")] {
+            // a redirect into a veth delivers only if its peer polls; checksums have to be in the frames
+            ns.sh(&format!("ethtool -K {interface} gro on tx off txvlan off"));
+        }
+        taro.sh(&format!("ip link set eth0 address {TARO} up"));
+        taro.sh(&format!("ip address add {TARO_IP}/24 dev eth0"));
+        router.sh("ip link set up0 up");
+        router.sh(&format!("ip address add {R}/24 dev up0"));
+        gateway.sh("ip link set access0 up");
+        gateway.sh("ip link set wan0 up");
+
+        let dir = tempfile::tempdir().unwrap();
+        init_authority(dir.path()).unwrap();
+        issue(dir.path(), dir.path(), Role::Gateway, "gw").unwrap();
+        issue(dir.path(), dir.path(), Role::Controller, "c").unwrap();
+        let lab = Self { taro, gateway, router, dir };
+        lab.write_config("gw.toml", "access0", "wan0", 7443);
+        lab
+    }
+
+    fn write_config(&self, file: &str, access: &str, wan: &str, port: u16) -> PathBuf {
+        let dir = self.dir.path().display();
+        let text = format!(
+            "name = \"gw\"\nlisten = \"127.0.0.1:{port}\"\naccess = \"{access}\"\nwan = \"{wan}\"\n\
+             virtual_router_mac = \"{VIRTUAL}\"\n[tls]\nca = \"{dir}/ca.pem\"\n\
+             cert = \"{dir}/gateway-gw.pem\"\nkey = \"{dir}/gateway-gw.key\"\n"
+        );
+        let path = self.dir.path().join(file);
+        fs::write(&path, text).unwrap();
+        path
+    }
+
+    fn daemon(&self, config: &Path) -> Command {
+        let mut command = self.gateway.command(env!("CARGO_BIN_EXE_handover-gateway"));
+        command.arg("--config").arg(config).env("RUST_LOG", "info").env("NO_COLOR", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    /// Exit code and standard error of a daemon that cannot start.
+    fn refused(&self, mut daemon: Command) -> (i32, String) {
+        let output = daemon.output().unwrap();
+        (output.status.code().unwrap(), String::from_utf8(output.stderr).unwrap())
+    }
+
+    fn start(&self) -> Daemon {
+        let mut child = self.daemon(&self.dir.path().join("gw.toml")).spawn().unwrap();
+        let mut log = BufReader::new(child.stderr.take().unwrap());
+        let mut seen = String::new();
+        while !seen.contains("ready") {
+            let before = seen.len();
+            log.read_line(&mut seen).unwrap();
+            assert!(seen.len() > before, "the daemon ended: {seen}");
+        }
+        Daemon { child, log: Some(log) }
+    }
+
+    /// Calls the daemon as the controller.
+    fn call<T: Send>(&self, work: impl AsyncFnOnce(GatewayClient<Channel>) -> T + Send) -> T {
+        let file = |name: &str| self.dir.path().join(name);
+        let files = handover_api::tls::TlsFiles {
+            ca: file("ca.pem"),
+            cert: file("controller-c.pem"),
+            key: file("controller-c.key"),
+        };
+        self.gateway.run(|| {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+            runtime.block_on(async {
+                let tls = Tls::load(&files).unwrap();
+                let channel = tls.connect(Role::Gateway, "gw", "127.0.0.1:7443").await.unwrap();
+                work(GatewayClient::new(channel)).await
+            })
+        })
+    }
+
+    fn status(&self) -> v1::GatewayStatus {
+        self.call(async |mut gateway| gateway.status(v1::GatewayStatusRequest {}).await.unwrap().into_inner())
+    }
+
+    /// Has `work` done until the gateway has counted a frame under `outcome`.
+    fn counts(&self, outcome: &str, work: impl Fn()) {
+        let frames = || {
+            let counters = self.status().counters;
+            counters.iter().find(|c| c.name == outcome).unwrap().frames
+        };
+        let (before, begun) = (frames(), Instant::now());
+        while frames() == before {
+            assert!(begun.elapsed() < PATIENCE, "nothing is counted as {outcome}");
+            work();
+        }
+    }
+
+    /// Whether taro gets an answer from the router's kernel, over the gateway.
+    fn echo(&self) -> bool {
+        let answered = Arc::new(AtomicBool::new(false));
+        let server = self.router.run(|| UdpSocket::bind((R, 7)).unwrap());
+        server.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let client = self.taro.run(|| UdpSocket::bind((TARO_IP, 0)).unwrap());
+        client.set_read_timeout(Some(Duration::from_millis(20))).unwrap();
+        let begun = Instant::now();
+        while !answered.load(Ordering::Relaxed) && begun.elapsed() < Duration::from_secs(3) {
+            client.send_to(b"are you there?", (R, 7)).unwrap();
+            let mut buffer = [0; 64];
+            if let Ok((len, from)) = server.recv_from(&mut buffer) {
+                assert_eq!(from.ip(), TARO_IP);
+                server.send_to(&buffer[..len], from).unwrap();
+            }
+            answered.store(client.recv(&mut buffer).is_ok(), Ordering::Relaxed);
+        }
+        answered.load(Ordering::Relaxed)
+    }
+}
+
+struct Daemon {
+    child: Child,
+    log: Option<BufReader<ChildStderr>>,
+}
+
+impl Daemon {
+    fn stop(mut self) -> (i32, String) {
+        kill(Pid::from_raw(self.child.id() as i32), Signal::SIGTERM).unwrap();
+        let mut log = String::new();
+        self.log.take().unwrap().read_to_string(&mut log).unwrap();
+        (self.child.wait().unwrap().code().unwrap(), log)
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if self.log.is_some() {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// The router's end of the wire: every frame that comes out of it, as it is on the wire, and a router in VLAN 2.
+struct Wire {
+    frames: mpsc::Receiver<Vec<u8>>,
+    stop: Arc<AtomicBool>,
+    thread: Option<thread::JoinHandle<()>>,
+}
+
+impl Wire {
+    fn new(ns: &Ns) -> Self {
+        let socket = ns.run(|| packet_socket("up0"));
+        let (sender, frames) = mpsc::channel();
+        let stop = Arc::new(AtomicBool::new(false));
+        let stopping = Arc::clone(&stop);
+        let thread = thread::spawn(move || {
+            while !stopping.load(Ordering::Relaxed) {
+                let Some(frame) = receive(&socket) else { continue };
+                // who-has r, in VLAN 2
+                if frame[12..18] == [0x81, 0, 0, 2, 8, 6]
+                    && frame[24..26] == [0, 1]
+                    && frame[42..46] == R.octets()
+                {
+                    let asker = Mac(frame[26..32].try_into().unwrap());
+                    let ip = frame[32..36].try_into().unwrap();
+                    let answer =
+                        bare(asker, ROUTER2, Some(2), 0x0806, &arp(2, ROUTER2, R.octets(), asker, ip));
+                    send(socket.as_raw_fd(), &answer, MsgFlags::empty()).unwrap();
+                }
+                if sender.send(frame).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { frames, stop, thread: Some(thread) }
+    }
+
+    /// Frames seen until `until` is one of them.
+    fn wait_for(&self, until: impl Fn(&[u8]) -> bool) -> Vec<Vec<u8>> {
+        let deadline = Instant::now() + PATIENCE;
+        let mut seen = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let frame =
+                self.frames.recv_timeout(left).unwrap_or_else(|_| panic!("not seen; but {seen:02x?}"));
+            let found = until(&frame);
+            seen.push(frame);
+            if found {
+                return seen;
+            }
+        }
+    }
+}
+
+impl Drop for Wire {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn packet_socket(interface: &str) -> OwnedFd {
+    let socket =
+        socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, SockProtocol::EthAll).unwrap();
+    setsockopt(&socket, ReceiveTimeout, &TimeVal::milliseconds(20)).unwrap();
+    let on: libc::c_int = 1;
+    for option in [libc::PACKET_AUXDATA, libc::PACKET_IGNORE_OUTGOING] {
+        // SAFETY: both options take an int.
+        let result = unsafe {
+            libc::setsockopt(socket.as_raw_fd(), libc::SOL_PACKET, option, (&raw const on).cast(), 4)
+        };
+        assert_eq!(result, 0);
+    }
+    // SAFETY: integers only.
+    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
+    address.sll_ifindex = nix::net::if_::if_nametoindex(interface).unwrap() as i32;
+    // SAFETY: the address and its length.
+    let result = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    assert_eq!(result, 0);
+    socket
+}
+
+/// A frame as it was on the wire: a tag that the kernel moved out is put back.
+fn receive(socket: &OwnedFd) -> Option<Vec<u8>> {
+    let mut buffer = [0; 2048];
+    let mut control = nix::cmsg_space!(libc::tpacket_auxdata);
+    let mut parts = [std::io::IoSliceMut::new(&mut buffer)];
+    let message = nix::sys::socket::recvmsg::<()>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::empty(),
+    )
+    .ok()?;
+    let mut tag = None;
+    for part in message.cmsgs().ok()? {
+        if let nix::sys::socket::ControlMessageOwned::Unknown(part) = part {
+            let at = mem::offset_of!(libc::tpacket_auxdata, tp_vlan_tci);
+            let status = u32::from_ne_bytes(part.data_bytes[..4].try_into().unwrap());
+            if status & libc::TP_STATUS_VLAN_VALID != 0 {
+                tag = Some(u16::from_ne_bytes(part.data_bytes[at..at + 2].try_into().unwrap()));
+            }
+        }
+    }
+    let len = message.bytes;
+    let mut frame = buffer[..len].to_vec();
+    if let Some(tci) = tag {
+        let [a, b] = tci.to_be_bytes();
+        frame.splice(12..12, [0x81, 0, a, b]);
+    }
+    (frame.len() >= 46).then_some(frame)
+}
+
+fn configuration() -> v1::ConfigureRequest {
+    v1::ConfigureRequest {
+        revision: 1,
+        networks: vec![
+            network("flat", None, None),
+            network("net2", Some(2), None),
+            network("net3", Some(3), None),
+        ],
+        users: vec![user("taro", TARO, "10.1.0.100", "flat")],
+    }
+}
+
+fn stage(migration: &str, to: &str) -> v1::StageRequest {
+    v1::StageRequest {
+        migration: migration.into(),
+        users: vec!["taro".into()],
+        from_network: "flat".into(),
+        to_network: to.into(),
+    }
+}
+
+#[test]
+fn a_user_is_switched_between_a_real_router_and_a_tagged_network() {
+    let lab = Lab::new();
+    let daemon = lab.start();
+    assert!(lab.gateway.sh("ip -d link show wan0").contains("prog/xdp"), "attached");
+    assert!(!lab.gateway.sh("ip -d link show wan0").contains("xdpgeneric"), "natively");
+    let wire = Wire::new(&lab.router);
+
+    let taro = lab.taro.run(|| UdpSocket::bind((TARO_IP, 0)).unwrap());
+    let router = lab.router.run(|| UdpSocket::bind((R, 0)).unwrap());
+
+    // unknown until configured
+    lab.counts("access_unknown_user", || drop(taro.send_to(b"", (R, 7))));
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    let status = lab.status();
+    assert_eq!(status.revision, 1);
+    assert!(status.interfaces.iter().all(|i| i.attach_mode == "native"), "{:?}", status.interfaces);
+    let up0 = lab.router.sh("ip -o link show up0");
+    let up0 = up0.split_whitespace().skip_while(|w| *w != "link/ether").nth(1).unwrap();
+    let learned = |status: &v1::GatewayStatus, name: &str| {
+        status.networks.iter().find(|n| n.name == name).unwrap().router_mac.clone()
+    };
+    assert_eq!(learned(&status, "flat"), up0, "learned from the kernel's ARP answer");
+
+    // there and back through the programs, both sides' neighbour caches filled over them
+    assert!(lab.echo());
+    let neighbour = lab.taro.sh("ip neigh show dev eth0 10.1.0.1");
+    assert!(neighbour.contains(&VIRTUAL.to_string()), "{neighbour}");
+    let neighbour = lab.router.sh("ip neigh show dev up0 10.1.0.100");
+    assert!(neighbour.contains(&TARO.to_string()), "{neighbour}");
+
+    // a network without a router
+    let findings = lab.call(async |mut gateway| {
+        gateway.check_switch(stage("m3", "net3")).await.unwrap().into_inner().findings
+    });
+    let codes: Vec<_> = findings.iter().map(|f| f.code.as_str()).collect();
+    assert_eq!(codes, ["router-silent"], "{findings:?}");
+    let refused = lab.call(async |mut gateway| gateway.stage(stage("m3", "net3")).await.unwrap_err());
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    for named in ["10.1.0.1", "net3", "VID 3", "router_mac"] {
+        assert!(refused.message().contains(named), "{named}: {}", refused.message());
+    }
+    assert_eq!(lab.status().switches, []);
+
+    // one with a router, of which preflight introduces nobody
+    let findings = lab.call(async |mut gateway| {
+        gateway.check_switch(stage("m2", "net2")).await.unwrap().into_inner().findings
+    });
+    assert_eq!(findings, []);
+    let question = |frame: &[u8]| frame[12..18] == [0x81, 0, 0, 2, 8, 6];
+    let asked = wire.wait_for(question);
+    assert_ne!(asked.last().unwrap()[6..12], TARO.0, "the gateway asks as itself");
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m2", "net2")).await.unwrap().into_inner());
+    assert_eq!(staged.router_mac, ROUTER2.to_string());
+    wire.wait_for(|frame| question(frame) && frame[6..12] == TARO.0 && frame[32..36] == TARO_IP.octets());
+    assert!(lab.echo(), "staged, not switched: nothing has changed");
+
+    let switch = |users: &[&str]| v1::SwitchRequest {
+        migration: "m2".into(),
+        switch: staged.switch,
+        generation: staged.generation,
+        users: users.iter().map(ToString::to_string).collect(),
+        to_network: "net2".into(),
+    };
+    let other = switch(&["taro", "hanako"]);
+    let refused = lab.call(async |mut gateway| gateway.switch(other).await.unwrap_err());
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    let request = switch(&["taro"]);
+    let switched = lab.call(async |mut gateway| gateway.switch(request).await.unwrap().into_inner());
+    let request = switch(&["taro"]);
+    let again = lab.call(async |mut gateway| gateway.switch(request).await.unwrap().into_inner());
+    assert_eq!(switched, again, "the answer it gave before");
+    println!("window {} ns, store latency {} ns", switched.window_ns, switched.store_latency_ns);
+    taro.send_to(b"to the new network", (R, 7)).unwrap();
+    let seen = wire.wait_for(|frame| frame.ends_with(b"to the new network"));
+    let sent = seen.last().unwrap();
+    assert_eq!(sent[..18], [&ROUTER2.0[..], &TARO.0, &[0x81, 0, 0, 2, 8, 0]].concat(), "{sent:02x?}");
+    let status = lab.status();
+    assert_eq!((status.users[0].network.as_str(), status.users[0].staged_by.as_str()), ("net2", "m2"));
+
+    // back
+    let abort = || v1::AbortSwitchRequest { migration: "m2".into() };
+    let aborted = lab.call(async |mut gateway| gateway.abort(abort()).await.unwrap().into_inner());
+    assert!(aborted.was_switched);
+    assert!(lab.echo());
+    let late = lab.call(async |mut gateway| gateway.stage(stage("m2", "net2")).await.unwrap_err());
+    assert!(late.message().contains("aborted"), "{}", late.message());
+
+    // for good
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m4", "net2")).await.unwrap().into_inner());
+    let request = v1::SwitchRequest {
+        migration: "m4".into(),
+        switch: staged.switch,
+        generation: staged.generation,
+        users: vec!["taro".into()],
+        to_network: "net2".into(),
+    };
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    let finish = || v1::FinishSwitchRequest { migration: "m4".into() };
+    lab.call(async |mut gateway| gateway.finish(finish()).await.unwrap());
+    lab.call(async |mut gateway| gateway.finish(finish()).await.unwrap());
+    let abort = v1::AbortSwitchRequest { migration: "m4".into() };
+    let refused = lab.call(async |mut gateway| gateway.abort(abort).await.unwrap_err());
+    assert_eq!(refused.code(), Code::FailedPrecondition);
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    assert_eq!(lab.status().users[0].network, "net2", "configuring again moves nobody");
+    lab.counts("wan_stale_network", || drop(router.send_to(b"", (TARO_IP, 7))));
+
+    let (code, log) = daemon.stop();
+    assert_eq!(code, 0, "{log}");
+    assert!(!lab.gateway.sh("ip -d link show wan0").contains("prog/xdp"), "detached");
+}
+
+#[test]
+fn bad_requests_are_refused_naming_thing_and_value() {
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    let refused = |spoil: fn(&mut v1::ConfigureRequest)| {
+        let mut request = configuration();
+        spoil(&mut request);
+        let status = lab.call(async |mut gateway| gateway.configure(request).await.unwrap_err());
+        assert_eq!(status.code(), Code::InvalidArgument);
+        status.message().to_string()
+    };
+    assert!(refused(|r| r.networks[1].vid = Some(0)).contains("VID 0"));
+    assert!(refused(|r| r.networks[1].vid = Some(4095)).contains("VID 4095"));
+    let twin = refused(|r| r.users.push(user("hanako", TARO, "10.1.0.101", "flat")));
+    for named in ["taro", "hanako", &TARO.to_string()] {
+        assert!(twin.contains(named), "{twin}");
+    }
+    assert_eq!(lab.status().revision, 0, "nothing was taken over");
+    let unknown = lab.call(async |mut gateway| gateway.stage(stage("m", "net2")).await.unwrap_err());
+    assert_eq!(unknown.code(), Code::NotFound);
+}
+
+#[test]
+fn a_daemon_that_cannot_start_says_why_and_touches_nothing() {
+    let lab = Lab::new();
+    let dir = lab.dir.path();
+
+    // a bad configuration
+    let bad = dir.join("bad.toml");
+    fs::write(&bad, fs::read_to_string(dir.join("gw.toml")).unwrap().replace("wan =", "wann =")).unwrap();
+    let (code, error) = lab.refused(lab.daemon(&bad));
+    assert_eq!(code, 2, "{error}");
+    assert!(error.contains("bad.toml") && error.contains("wann"), "{error}");
+    let mut check = lab.daemon(&dir.join("gw.toml"));
+    check.arg("check");
+    assert_eq!(lab.refused(check).0, 0);
+    let mut check = lab.daemon(&bad);
+    check.arg("check");
+    assert_eq!(lab.refused(check).0, 2);
+
+    // no such interface; one without XDP
+    let missing = lab.write_config("missing.toml", "access9", "wan0", 7444);
+    let (code, error) = lab.refused(lab.daemon(&missing));
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("`access9`"), "{error}");
+    lab.gateway.sh("ip link add bridge0 type bridge");
+    let bridge = lab.write_config("bridge.toml", "access0", "bridge0", 7444);
+    let (code, error) = lab.refused(lab.daemon(&bridge));
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("native") && error.contains("`bridge0`"), "{error}");
+
+    // no privileges
+    for file in fs::read_dir(dir).unwrap() {
+        std::os::unix::fs::chown(file.unwrap().path(), Some(65534), None).unwrap();
+    }
+    std::os::unix::fs::chown(dir, Some(65534), None).unwrap();
+    let mut nobody = Command::new(env!("CARGO_BIN_EXE_handover-gateway"));
+    let ns = lab.gateway.0.try_clone().unwrap();
+    // SAFETY: two system calls before the child is replaced.
+    unsafe {
+        nobody.pre_exec(move || {
+            setns(ns.as_fd(), CloneFlags::CLONE_NEWNET)?;
+            nix::unistd::setuid(65534.into())?;
+            Ok(())
+        });
+    }
+    nobody.arg("--config").arg(dir.join("gw.toml")).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let (code, error) = lab.refused(nobody);
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("CAP_BPF"), "{error}");
+
+    // interfaces that are taken
+    let _daemon = lab.start();
+    let taken = lab.write_config("taken.toml", "access0", "wan0", 7445);
+    let (code, error) = lab.refused(lab.daemon(&taken));
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("`wan0`") && error.contains("another XDP program"), "{error}");
+    // an address that is taken
+    let port = lab.write_config("port.toml", "access0", "wan0", 7443);
+    let (code, error) = lab.refused(lab.daemon(&port));
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("127.0.0.1:7443"), "{error}");
+}

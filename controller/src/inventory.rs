@@ -312,10 +312,14 @@ impl Checker<'_> {
 
     fn endpoint(&mut self, whose: &str, key: &str, at: &Text, seen: &mut BTreeMap<String, String>) -> String {
         let n = at.get_ref();
-        let ok = n.rsplit_once(':').is_some_and(|(host, port)| {
-            port.parse::<u16>().is_ok_and(|p| p > 0)
-                && !host.is_empty()
-                && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'.' | b'-'))
+        // what a channel can be opened to, and nothing more than that
+        let ok = format!("https://{n}").parse::<tonic::transport::Uri>().is_ok_and(|uri| {
+            uri.authority().is_some_and(|a| {
+                a.as_str() == n
+                    && !n.contains('@')
+                    && !a.host().is_empty()
+                    && a.port_u16().is_some_and(|p| p > 0)
+            })
         });
         if !ok {
             self.problem(

@@ -188,10 +188,11 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
             let errors =
                 plan.findings.iter().chain(findings).filter(|f| f.severity == Severity::Error).count();
             let state = if errors > 0 { "failed" } else { "done" };
-            let detail = if errors > 0 {
-                plural(u32::try_from(errors).unwrap_or(u32::MAX), "error")
-            } else {
-                plural(u32::try_from(view.findings.len() + findings.len()).unwrap_or(u32::MAX), "warning")
+            let count = |n: usize, what| plural(u32::try_from(n).unwrap_or(u32::MAX), what);
+            let detail = match (errors, view.findings.len() + findings.len()) {
+                (0, 0) => String::new(),
+                (0, warnings) => count(warnings, "warning"),
+                (errors, _) => count(errors, "error"),
             };
             view.steps.push(step("preflight", "controller", *sent_us, now, state, &detail));
             view.findings.extend(findings.iter().map(finding));

@@ -12,8 +12,8 @@ use std::{
 use handover_api::{tls::Tls, v1::controller_server::ControllerServer};
 use nix::sys::stat::{Mode, umask};
 use tokio::net::{TcpListener, UnixListener};
-use tokio_stream::wrappers::{TcpListenerStream, UnixListenerStream};
-use tonic::transport::Server;
+use tokio_stream::wrappers::UnixListenerStream;
+use tonic::transport::{Server, server::TcpIncoming};
 
 use crate::{config::Config, controller::Controller, service::Service};
 
@@ -89,9 +89,9 @@ impl Listeners {
             Some(tcp) => {
                 let remote = Server::builder()
                     .tls_config(tls.server())?
-                    .tcp_nodelay(true)
                     .add_service(service)
-                    .serve_with_incoming(TcpListenerStream::new(tcp));
+                    // the server's own setting is ignored for listeners that were bound before
+                    .serve_with_incoming(TcpIncoming::from(tcp).with_nodelay(Some(true)));
                 tokio::try_join!(local, remote)?;
             }
         }

@@ -459,7 +459,7 @@ async fn a_decision_that_cannot_be_written_is_none() {
     c.apply(&f.inventory, false).await.unwrap();
     let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
     let fatal = timeout(PATIENCE, c.failed()).await.unwrap();
-    assert_eq!(fatal.to_string(), "appending to the journal: disk full");
+    assert!(fatal.to_string().starts_with("appending to the journal: disk full"), "{fatal}");
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(f.stage.count("backup-server resume film-1"), 0);
     assert_eq!(place(&c), here());

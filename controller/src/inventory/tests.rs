@@ -249,6 +249,23 @@ fn bad_values_are_named_with_line_value_and_way_out() {
 }
 
 #[test]
+fn what_a_channel_can_be_opened_to_is_an_endpoint() {
+    for (endpoint, good) in [
+        ("10.255.0.2:7443", true),
+        ("gw.example:7443", true),
+        ("[fd00::2]:7443", true),
+        (":7443", false),
+        ("gw:70000", false),
+        ("gw:7443/x", false),
+        ("root@gw:7443", false),
+        ("g w:7443", false),
+        ("", false),
+    ] {
+        assert_eq!(parse(&LAB.replace("10.255.0.2:7443", endpoint)).is_ok(), good, "{endpoint}");
+    }
+}
+
+#[test]
 fn two_users_cannot_share_a_mac_an_address_or_a_name() {
     let second = |name: &str, mac: &str, address: &str| {
         format!(

@@ -39,6 +39,9 @@ use crate::{
 /// How long pid 1 may take for one request.
 const ANSWER: Duration = Duration::from_secs(20);
 
+/// How long a command may take that is run to its end.
+const COMMAND: Duration = Duration::from_secs(60);
+
 /// How a process ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Ended {
@@ -299,7 +302,7 @@ impl Host {
     /// Runs a command in the host to its end and gives what it wrote, whatever its exit code.
     ///
     /// # Errors
-    /// If it cannot be started.
+    /// If it cannot be started, or has not ended after a minute (it is killed then).
     pub fn output(&self, program: Program) -> anyhow::Result<Output> {
         let stdin = program.0.stdio[0].clone();
         let mut process = self.spawn(&program.stdio(stdin, Io::Pipe, Io::Pipe))?;
@@ -315,8 +318,13 @@ impl Host {
             let bytes = t.join().map_err(|_| anyhow!("a reader of {} died", process.name))??;
             Ok(String::from_utf8_lossy(&bytes).into_owned())
         };
+        let ended = process.wait_timeout(COMMAND);
+        if ended.is_err() {
+            let _ = process.signal(Signal::SIGKILL);
+        }
         let (stdout, stderr) = (text(stdout)?, text(stderr)?);
-        Ok(Output { ended: process.wait()?, stdout, stderr })
+        let ended = ended.with_context(|| format!("it said: {stderr}{stdout}"))?;
+        Ok(Output { ended, stdout, stderr })
     }
 
     /// Runs a command in the host; gives what it wrote to stdout.

@@ -283,7 +283,7 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
             let held = clock.step("hold", hold(swrk, &cgroup, pid)).await;
             let armed = held.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
             if armed > 0 {
-                tracing::info!(migration = migration.id, armed, "timers that CRIU left dead");
+                tracing::info!(migration = migration.id, armed, "expired timers armed");
             }
             Ok(())
         }

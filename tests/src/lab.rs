@@ -9,13 +9,17 @@ use std::{
     collections::BTreeMap,
     fs,
     io::{self, Write as _},
+    os::{fd::AsFd as _, unix::fs::FileExt as _},
     path::{Path, PathBuf},
     process,
     sync::atomic::{AtomicU32, Ordering},
 };
 
 use anyhow::{Context as _, bail, ensure};
-use nix::fcntl::{Flock, FlockArg};
+use nix::{
+    fcntl::{Flock, FlockArg},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+};
 
 use crate::{Host, proto::Setup};
 
@@ -239,19 +243,41 @@ fn remove_cgroup(dir: &Path) -> anyhow::Result<()> {
     if !dir.exists() {
         return Ok(());
     }
+    end_all(dir).with_context(|| format!("ending the processes of cgroup {}", dir.display()))?;
+    remove_empty(dir)
+}
+
+fn remove_empty(dir: &Path) -> anyhow::Result<()> {
     for entry in fs::read_dir(dir).with_context(|| dir.display().to_string())? {
         let entry = entry?;
         if entry.file_type()?.is_dir() {
-            remove_cgroup(&entry.path())?;
+            remove_empty(&entry.path())?;
         }
     }
-    let busy = fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default();
-    if !busy.trim().is_empty() {
-        bail!(
-            "cgroup {} still has the processes {}",
-            dir.display(),
-            busy.split_whitespace().collect::<Vec<_>>().join(" ")
-        );
-    }
     fs::remove_dir(dir).with_context(|| format!("removing cgroup {}", dir.display()))
+}
+
+/// Ends every process in and below a cgroup (those of a killed lab may be about to), and waits until they are gone.
+fn end_all(dir: &Path) -> anyhow::Result<()> {
+    let events = fs::File::open(dir.join("cgroup.events"))?;
+    let populated = || -> io::Result<bool> {
+        // through the same descriptor: reading is what tells poll which change was seen
+        let mut text = [0; 256];
+        let length = events.read_at(&mut text, 0)?;
+        Ok(String::from_utf8_lossy(&text[..length]).contains("populated 1"))
+    };
+    if !populated()? {
+        return Ok(());
+    }
+    fs::write(dir.join("cgroup.kill"), "1")?;
+    while populated()? {
+        // a change of the file is an exceptional condition
+        let mut changed = [PollFd::new(events.as_fd(), PollFlags::POLLPRI)];
+        match poll(&mut changed, PollTimeout::from(10_000_u16)) {
+            Ok(0) => bail!("they are still there"),
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(e) => return Err(e.into()),
+        }
+    }
+    Ok(())
 }

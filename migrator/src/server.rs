@@ -19,7 +19,10 @@ use handover_api::{
     },
 };
 use tokio::{net::TcpListener, sync::watch};
-use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
+use tonic::{
+    Code, Request, Response, Status, Streaming,
+    transport::{Server, server::TcpIncoming},
+};
 
 use crate::{
     destination,
@@ -312,8 +315,7 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
         Server::builder()
             .tls_config(node.tls.server())
             .map(|s| {
-                s.tcp_nodelay(true)
-                    .initial_stream_window_size(WINDOW)
+                s.initial_stream_window_size(WINDOW)
                     .initial_connection_window_size(WINDOW)
                     .http2_keepalive_interval(Some(Duration::from_secs(1)))
                     .http2_keepalive_timeout(Some(Duration::from_secs(3)))
@@ -322,7 +324,9 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
     };
     let (control_service, peer_service) =
         (MigratorServer::new(Control(node.clone())), MigratorPeerServer::new(PeerService(node.clone())));
-    let incoming = tokio_stream::wrappers::TcpListenerStream::new;
+    // set on each connection taken: the server's own tcp_nodelay does not reach listeners that are handed to it, and a
+    // small answer would wait for the caller's delayed acknowledgement, 40 ms with the service standing still
+    let incoming = |listener| TcpIncoming::from(listener).with_nodelay(Some(true));
     let control = builder()?.add_service(control_service).serve_with_incoming(incoming(control));
     let peers = builder()?.add_service(peer_service).serve_with_incoming(incoming(peers));
     recover(&node).await;

@@ -28,7 +28,15 @@ pub fn run(args: &[String]) -> anyhow::Result<ExitCode> {
 pub fn bench_switch(json: bool) -> anyhow::Result<ExitCode> {
     setup::run()?;
     let mut bench = cargo();
-    bench.args(["run", "--quiet", "--release", "--package", "handover-gateway", "--bin", "handover-gateway-bench"]);
+    bench.args([
+        "run",
+        "--quiet",
+        "--release",
+        "--package",
+        "handover-gateway",
+        "--bin",
+        "handover-gateway-bench",
+    ]);
     bench.args(["--", "switch"]);
     if json {
         bench.arg("--json");
@@ -91,7 +99,8 @@ fn target_dir() -> std::path::PathBuf {
 
 /// Runs `command` in our place: its streams are ours, and so is its exit code.
 fn hand_over(command: &mut Command) -> anyhow::Result<ExitCode> {
-    let status = command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
+    let status =
+        command.status().with_context(|| format!("cannot start {}", command.get_program().display()))?;
     Ok(exit_code(status))
 }
 

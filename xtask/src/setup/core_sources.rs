@@ -27,7 +27,9 @@ pub fn ensure() -> anyhow::Result<()> {
     let version = version.split_whitespace().nth(1).context("rustc --version names no version")?.to_owned();
     say("core sources", &format!("the component cannot be had; Debian's rust-src {version}"));
     if !is_root() {
-        bail!("run `cargo xtask setup` as root once, or `rustup component add rust-src` where the network allows it");
+        bail!(
+            "run `cargo xtask setup` as root once, or `rustup component add rust-src` where the network allows it"
+        );
     }
 
     let debian = NewerDebian::new()?;

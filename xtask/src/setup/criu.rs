@@ -86,7 +86,10 @@ fn works(path: &Path) -> anyhow::Result<String> {
     let check = output(Command::new(path).arg("check"))?;
     if !check.status.success() {
         let said = String::from_utf8_lossy(&check.stderr);
-        bail!("{version} fails `criu check`: {}", said.lines().find(|l| l.contains("Error")).unwrap_or("no reason given"));
+        bail!(
+            "{version} fails `criu check`: {}",
+            said.lines().find(|l| l.contains("Error")).unwrap_or("no reason given")
+        );
     }
     Ok(version)
 }

@@ -94,7 +94,12 @@ impl NewerDebian {
 fn mirror() -> anyhow::Result<(String, &'static [&'static str])> {
     let targets = stdout(&mut command(
         "apt-get",
-        &["indextargets", "--format", "$(ORIGIN) $(CODENAME) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"],
+        &[
+            "indextargets",
+            "--format",
+            "$(ORIGIN) $(CODENAME) $(COMPONENT) $(REPO_URI)",
+            "Created-By: Packages",
+        ],
     ))?;
     let release = release_codename(Path::new("/etc/os-release"))?;
     for line in targets.lines() {

@@ -79,8 +79,12 @@ impl NoServices {
 
 impl Drop for NoServices {
     fn drop(&mut self) {
-        if self.ours && let Err(e) = fs::remove_file(POLICY) {
-            eprintln!("setup: could not remove {POLICY}: {e}; remove it, or services will not start on installation");
+        if self.ours
+            && let Err(e) = fs::remove_file(POLICY)
+        {
+            eprintln!(
+                "setup: could not remove {POLICY}: {e}; remove it, or services will not start on installation"
+            );
         }
     }
 }

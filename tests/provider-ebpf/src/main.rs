@@ -80,7 +80,7 @@ fn to_trunk(skb: *mut __sk_buff) -> Result<(Outcome, u32), Outcome> {
         return Err(Outcome::TaggedAccess);
     }
     // SAFETY: entries are written before frames flow and never removed.
-    let vid = unsafe { PORT_VID.get(&from) }.copied().ok_or(Outcome::WrongVlan)?;
+    let vid = unsafe { PORT_VID.get(from) }.copied().ok_or(Outcome::WrongVlan)?;
     let trunk = TRUNK.get(0).copied().ok_or(Outcome::Failed)?;
     // SAFETY: the kernel passes a valid context.
     if unsafe { bpf_skb_vlan_push(skb, TPID_8021Q.to_be(), vid as u16) } != 0 {

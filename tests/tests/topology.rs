@@ -58,6 +58,8 @@ fn redis_is_served() {
 fn nginx_is_served() {
     let last = check(App::Nginx);
     assert!(last.finished && last.bytes == 512 << 20, "{last:?}");
+    // the rate limit's own pauses: what a migration's gap is to be compared with
+    assert!(last.longest_gap_us < 200_000, "{last:?}");
 }
 
 #[test]

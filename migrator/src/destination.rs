@@ -335,6 +335,11 @@ pub async fn resume(node: &Arc<Node>, id: &str) -> Answer<(u32, Vec<Timing>)> {
         return Err(Failure::new(Code::Internal, format!("resume: the copy (pid {pid}) is gone")));
     }
     clock.step("unfence", async { fence::open(id) }).await?;
+    let probed = clock.step("probe", async { sockets::probe(&tree) }).await;
+    if let Err(e) = probed {
+        // they go on by their timers
+        tracing::warn!(migration = id, error = chain(&e), "probing connections");
+    }
     clock.step("continue", go_on(&cgroup, &tree)).await?;
     clock.step("announce", node.addresses.announce(&interface, v)).await?;
     tokio::spawn(announce_again(node.clone(), interface, v));

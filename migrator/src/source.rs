@@ -655,6 +655,7 @@ pub async fn undo(
                 tracing::info!(migration = migration.id, sockets, "taken out of repair mode");
             }
             errors.keep(fence::open(&migration.id));
+            errors.keep(sockets::probe(&tree));
             errors.keep(freezer::thaw(&placement.dir).await);
             if !clean {
                 for pid in tree {

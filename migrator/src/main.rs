@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use handover_api::tls::Tls;
+use handover_api::tls::{Tls, TlsError};
 use handover_migrator::{
     config::{Config, ConfigError},
     node::Node,
@@ -52,21 +52,22 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(e) => {
             eprintln!("error: {e:#}");
-            ExitCode::from(if e.downcast_ref::<ConfigError>().is_some() { 2 } else { 1 })
+            ExitCode::from(if e.is::<ConfigError>() || e.is::<TlsError>() { 2 } else { 1 })
         }
     }
 }
 
 fn check(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
-    Tls::load(&config.tls).context("certificates")?;
+    Tls::load(&config.tls).with_context(|| format!("certificates of configuration {}", path.display()))?;
     println!("{}: valid", path.display());
     Ok(())
 }
 
 fn run(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
-    let tls = Tls::load(&config.tls).context("certificates")?;
+    let tls = Tls::load(&config.tls)
+        .with_context(|| format!("certificates of configuration {}", path.display()))?;
     check_privileges()?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // a lone processor must not let a blocking netlink call hold up everything else

@@ -1,9 +1,6 @@
 //! What each [`Command`] means on the wire.
 //!
-//! Before the decision a call has a deadline, and an answer that was lost on the way is asked for again for a short
-//! while (every call is idempotent by migration); then it has failed, and the session aborts. After the decision a call
-//! is retried until it is confirmed, at intervals that double from 50 ms to 2 s; once it has failed for a while the
-//! session is told, so that nobody waits in silence.
+//! How long each is waited for and when it is asked again is in [`crate::patience`]; every call is idempotent by migration.
 
 use std::{future::Future, sync::Arc, time::Duration};
 
@@ -19,36 +16,12 @@ use crate::{
     controller::Controller,
     driver::Clock,
     inventory::Target,
+    patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
     peers::{self, Kind},
     session::{
         Command, Event, Finding, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
     },
 };
-
-const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LAST_BACKOFF: Duration = Duration::from_secs(2);
-
-/// Preflight looks around on a host and probes a router.
-const PREFLIGHT: Duration = Duration::from_secs(15);
-const STAGE: Duration = Duration::from_secs(10);
-const PREPARE: Duration = Duration::from_secs(20);
-/// Plus a second for each [`FREEZE_RATE`] of memory.
-const FREEZE: Duration = Duration::from_secs(30);
-/// What the slowest link that makes sense carries in a second, in bytes.
-const FREEZE_RATE: u64 = 32 << 20;
-/// The service is frozen: better back at once than switched late.
-const SWITCH: Duration = Duration::from_secs(3);
-const YIELD: Duration = Duration::from_secs(3);
-/// For how long a lost answer is asked for again before the decision.
-const ASK_AGAIN: Duration = Duration::from_secs(3);
-/// The same, while the service is frozen and nothing but a short call is missing.
-const ASK_AGAIN_FROZEN: Duration = Duration::from_millis(1500);
-/// Of one attempt after the decision.
-const CONFIRM: Duration = Duration::from_secs(5);
-/// After so long without a confirmation the session is told; the service itself is not waiting for this one.
-const LATE: Duration = Duration::from_secs(1);
-/// The same for a call that the service waits for (resume; abort at the source): then an operator is needed.
-const LATE_CRITICAL: Duration = Duration::from_secs(15);
 
 /// A failed call, in words.
 struct Failure {
@@ -78,8 +51,9 @@ impl Call {
             }
             Command::Stage(gateway) => {
                 let request = stage_request(&self.plan, &gateway, &self.plan.id);
-                let answer = self.before(STAGE, ASK_AGAIN, || {
-                    let (client, request) = (self.gateway(&gateway), with_deadline(request.clone(), STAGE));
+                let answer = self.before(|deadline| {
+                    let (client, request) =
+                        (self.gateway(&gateway), with_deadline(request.clone(), deadline));
                     async move { client?.stage(request).await }
                 });
                 match answer.await {
@@ -99,8 +73,8 @@ impl Call {
                     user_addresses: self.plan.user_addresses(),
                     allow_other_peers: self.plan.allow_other_peers,
                 };
-                let answer = self.before(PREPARE, ASK_AGAIN, || {
-                    let (client, request) = (self.source(), with_deadline(request.clone(), PREPARE));
+                let answer = self.before(|deadline| {
+                    let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
                     async move { client?.prepare(request).await }
                 });
                 match answer.await {
@@ -117,8 +91,9 @@ impl Call {
                     users: self.plan.users_at(&gateway),
                     to_network: self.plan.to.network.clone(),
                 };
-                let answer = self.before(SWITCH, ASK_AGAIN_FROZEN, || {
-                    let (client, request) = (self.gateway(&gateway), with_deadline(request.clone(), SWITCH));
+                let answer = self.before(|deadline| {
+                    let (client, request) =
+                        (self.gateway(&gateway), with_deadline(request.clone(), deadline));
                     async move { client?.switch(request).await }
                 });
                 match answer.await {
@@ -133,8 +108,8 @@ impl Call {
             }
             Command::Yield => {
                 let request = v1::YieldRequest { migration: id };
-                let answer = self.before(YIELD, ASK_AGAIN_FROZEN, || {
-                    let (client, request) = (self.source(), with_deadline(request.clone(), YIELD));
+                let answer = self.before(|deadline| {
+                    let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
                     async move { client?.r#yield(request).await }
                 });
                 match answer.await {
@@ -152,8 +127,7 @@ impl Call {
 
     async fn freeze(&self, migration: String, sent_us: u64) -> Event {
         let request = v1::FreezeRequest { migration, yield_with_vote: self.plan.policy == Policy::Disaster };
-        let deadline = FREEZE + Duration::from_secs(self.memory_bytes / FREEZE_RATE);
-        let answer = self.before(deadline, ASK_AGAIN, || {
+        let answer = self.before(|deadline| {
             let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
             async move { client?.freeze(request).await }
         });
@@ -179,9 +153,8 @@ impl Call {
 
     /// After the decision: until it is confirmed.
     async fn confirm(&self, migration: String) -> Event {
-        let mut backoff = FIRST_BACKOFF;
+        let mut confirming = Confirming::new(&self.command);
         let began = Instant::now();
-        let mut told = false;
         loop {
             let sent_us = self.clock.now_us();
             let answer = timeout(CONFIRM, self.confirm_once(&migration, sent_us)).await;
@@ -190,18 +163,15 @@ impl Call {
                 Ok(Err(status)) => peers::words(&status),
                 Err(_) => format!("no answer within {}", seconds(CONFIRM)),
             };
-            let critical = matches!(self.command, Command::Resume | Command::Undo(Participant::Source));
-            let patience = if critical { LATE_CRITICAL } else { LATE };
-            if !told && began.elapsed() >= patience {
-                told = true;
+            let (tell, wait) = confirming.failed(began.elapsed());
+            if tell {
                 tracing::warn!(session = %migration, command = ?self.command, reason, "not confirmed yet, retried");
                 if let Some(participant) = self.command.confirmed_by() {
                     let _ =
                         self.events.send((self.command.clone(), Event::Unconfirmed { participant, reason }));
                 }
             }
-            sleep(backoff).await;
-            backoff = (backoff * 2).min(LAST_BACKOFF);
+            sleep(wait).await;
         }
     }
 
@@ -242,32 +212,38 @@ impl Call {
     }
 
     /// Finish, and see that the users are where the decision put them: a gateway that was started again between switch
-    /// and finish may know nothing of the switch, and confirm that there is nothing left to finish.
+    /// and finish may know nothing of the switch, and confirm that there is nothing left to finish. Then it switches
+    /// again, under a name of its own; an attempt at that which was cut short is gone on with.
     async fn finish(&self, gateway: &str) -> Result<(), Status> {
         let plan = &self.plan;
+        let again = format!("{}-again", plan.id);
         let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
         self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?;
-        let Some((from, users)) = self.strayed(gateway).await? else { return Ok(()) };
+        let mut status = self.status(gateway).await?;
+        if status.switches.iter().any(|s| s.migration == again && s.state == "switched") {
+            self.finish_again(gateway, &again).await?;
+            status = self.status(gateway).await?;
+        }
+        let Some((from, users)) = self.strayed(gateway, &status) else { return Ok(()) };
         tracing::warn!(session = %plan.id, gateway, ?users, %from, "the gateway has forgotten the switch: switched again");
-        let migration = format!("{}-again", plan.id);
         let mut client = self.gateway(gateway)?;
         let request = v1::StageRequest {
-            migration: migration.clone(),
+            migration: again.clone(),
             users: users.clone(),
             from_network: from,
             to_network: plan.to.network.clone(),
         };
         let staged = client.stage(with_deadline(request, CONFIRM)).await?.into_inner();
         let request = v1::SwitchRequest {
-            migration: migration.clone(),
+            migration: again.clone(),
             switch: staged.switch,
             generation: staged.generation,
             users,
             to_network: plan.to.network.clone(),
         };
         client.switch(with_deadline(request, CONFIRM)).await?;
-        client.finish(with_deadline(v1::FinishSwitchRequest { migration }, CONFIRM)).await?;
-        match self.strayed(gateway).await? {
+        self.finish_again(gateway, &again).await?;
+        match self.strayed(gateway, &self.status(gateway).await?) {
             None => Ok(()),
             Some((network, users)) => {
                 Err(Status::failed_precondition(format!("{} still on network {network}", users.join(", "))))
@@ -275,46 +251,48 @@ impl Call {
         }
     }
 
-    /// Switched users that the gateway has on another network, and the network of the first of them.
-    async fn strayed(&self, gateway: &str) -> Result<Option<(String, Vec<String>)>, Status> {
+    async fn finish_again(&self, gateway: &str, again: &str) -> Result<(), Status> {
+        let request = v1::FinishSwitchRequest { migration: again.to_owned() };
+        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await.map(|_| ())
+    }
+
+    /// What a gateway that knows the inventory of now is doing.
+    async fn status(&self, gateway: &str) -> Result<v1::GatewayStatus, Status> {
         self.controller.configure(gateway).await.map_err(Status::unavailable)?;
         let request = with_deadline(v1::GatewayStatusRequest {}, CONFIRM);
-        let status = self.gateway(gateway)?.status(request).await?.into_inner();
+        Ok(self.gateway(gateway)?.status(request).await?.into_inner())
+    }
+
+    /// Switched users that the gateway has on another network, and the network of the first of them.
+    fn strayed(&self, gateway: &str, status: &v1::GatewayStatus) -> Option<(String, Vec<String>)> {
         let mine = self.plan.users_at(gateway);
         let elsewhere =
             status.users.iter().filter(|u| mine.contains(&u.name) && u.network != self.plan.to.network);
-        let network = elsewhere.clone().map(|u| u.network.clone()).next();
-        Ok(network
-            .map(|n| (n.clone(), elsewhere.filter(|u| u.network == n).map(|u| u.name.clone()).collect())))
+        let network = elsewhere.clone().map(|u| u.network.clone()).next()?;
+        let users = elsewhere.filter(|u| u.network == network).map(|u| u.name.clone()).collect();
+        Some((network, users))
     }
 
     /// Before the decision: until answered, refused, or lost for good.
-    async fn before<T, F>(
-        &self,
-        deadline: Duration,
-        ask_again: Duration,
-        call: impl Fn() -> F,
-    ) -> Result<T, Failure>
+    async fn before<T, F>(&self, call: impl Fn(Duration) -> F) -> Result<T, Failure>
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        let end = Instant::now() + deadline;
-        let mut backoff = FIRST_BACKOFF;
-        let mut first_loss = None;
+        let mut asking = Asking::new(&self.command, self.memory_bytes);
+        let began = Instant::now();
         loop {
-            let status = match timeout_at(end, call()).await {
+            let status = match timeout_at(began + asking.deadline, call(asking.deadline)).await {
                 Ok(Ok(response)) => return Ok(response.into_inner()),
                 Ok(Err(status)) => status,
-                Err(_) => return Err(Failure { reason: format!("no answer within {}", seconds(deadline)) }),
+                Err(_) => {
+                    return Err(Failure { reason: format!("no answer within {}", seconds(asking.deadline)) });
+                }
             };
-            let since = *first_loss.get_or_insert_with(Instant::now);
-            if !peers::lost(&status) || since.elapsed() + backoff > ask_again {
-                return Err(Failure { reason: peers::words(&status) });
-            }
+            let wait = if peers::lost(&status) { asking.lost(began.elapsed()) } else { None };
+            let Some(wait) = wait else { return Err(Failure { reason: peers::words(&status) }) };
             tracing::warn!(session = %self.plan.id, command = ?self.command, reason = peers::words(&status),
                 "the answer was lost; asked again");
-            sleep(backoff).await;
-            backoff = (backoff * 2).min(LAST_BACKOFF);
+            sleep(wait).await;
         }
     }
 

@@ -11,7 +11,7 @@
 //!                              peers (warm channels to gateways and migrators)
 //! ```
 //!
-//! Pure: [`session`], [`world`], [`inventory`], [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls,
+//! Pure: [`session`], [`world`], [`inventory`], [`patience`], [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls,
 //! [`server`]. The daemon `handover-controller` and the CLI `handover` are thin on top.
 
 mod calls;
@@ -20,6 +20,7 @@ pub mod controller;
 mod driver;
 pub mod inventory;
 pub mod journal;
+pub mod patience;
 pub mod peers;
 pub mod report;
 pub mod server;

@@ -410,6 +410,24 @@ async fn a_gateway_that_forgot_the_switch_is_switched_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn switching_again_is_gone_on_with_when_it_was_cut_short() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("backup-server resume", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    f.stage.until_called("backup-server resume").await;
+    f.gateway.reboot();
+    f.gateway.state.lock().unwrap().users.insert("taro".into(), "net1".into());
+    // the users are on the right network after the switch, so that alone does not tell that it has to be finished
+    f.stage.fault("gw switch", Fault::LoseAnswer);
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed);
+    assert_eq!(f.gateway.network_of("taro"), "net2");
+    assert_eq!(f.stage.count("gw finish film-1-again"), 1, "{:?}", f.stage.calls());
+    assert!(f.gateway.state.lock().unwrap().staged.is_empty(), "nothing of it is left");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_journal_brings_everything_back() {
     let f = Fixture::start().await;
     let before = {

@@ -38,6 +38,19 @@ enum Verb {
         /// Run only tests whose name contains this.
         filter: Option<String>,
     },
+    /// Simulate the transaction under faults: crashes, partitions, lost, late and doubled calls. A failing seed prints its
+    /// trace and replays exactly.
+    Simulate {
+        /// How many runs.
+        #[arg(long, default_value_t = 100_000)]
+        seeds: u64,
+        /// The first seed; with `--seeds 1` its trace is printed.
+        #[arg(long, default_value_t = 0)]
+        seed: u64,
+        /// Plant a bug, to see it found; a wrong name lists them.
+        #[arg(long)]
+        mutation: Option<String>,
+    },
     /// Measure: two things in one run, printed as a ratio (root).
     Bench {
         #[command(subcommand)]
@@ -60,6 +73,7 @@ fn main() -> ExitCode {
         Verb::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Run { args } => verbs::run(&args),
         Verb::Test { filter } => verbs::test(filter.as_deref()),
+        Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation.as_deref()),
         Verb::Bench { what: Bench::Switch { json } } => verbs::bench_switch(json),
     };
     done.unwrap_or_else(|e| {

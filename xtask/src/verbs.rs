@@ -1,4 +1,4 @@
-//! `run`, `test` and `bench`: build, then hand over to the project's own programs.
+//! `run`, `simulate`, `test` and `bench`: build, then hand over to the project's own programs.
 
 use std::{
     os::unix::process::ExitStatusExt as _,
@@ -42,6 +42,18 @@ pub fn bench_switch(json: bool) -> anyhow::Result<ExitCode> {
         bench.arg("--json");
     }
     hand_over(&mut bench)
+}
+
+/// `cargo xtask simulate`.
+pub fn simulate(seeds: u64, seed: u64, mutation: Option<&str>) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    let mut simulate = cargo();
+    simulate.args(["run", "--quiet", "--release", "--package", "handover-simulation"]);
+    simulate.args(["--", "--seeds", &seeds.to_string(), "--seed", &seed.to_string()]);
+    if let Some(mutation) = mutation {
+        simulate.args(["--mutation", mutation]);
+    }
+    hand_over(&mut simulate)
 }
 
 /// `cargo xtask test`: everything that has to hold before a change lands.

@@ -243,6 +243,15 @@ impl Gateway for FakeGateway {
             boot_id: format!("boot-{}", s.boot),
             revision: s.revision,
             users: s.users.iter().map(user).collect(),
+            switches: s
+                .staged
+                .iter()
+                .map(|(migration, (_, _, _, switched))| v1::SwitchStatus {
+                    migration: migration.clone(),
+                    state: if *switched { "switched" } else { "staged" }.into(),
+                    ..Default::default()
+                })
+                .collect(),
             ..Default::default()
         }))
     }

@@ -12,6 +12,8 @@
 //! - [`table`]: the state machine of users, networks and switches; no I/O, no clock.
 //! - [`plane`]: loads and attaches the programs, carries out the table's writes, makes the store and measures its window.
 //!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
+//! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
+//!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
 //! - [`service`]: the gRPC service that ties them together.
 
@@ -21,6 +23,8 @@ pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod pins;
 pub mod plane;
 pub mod service;
+pub mod state;
 pub mod table;

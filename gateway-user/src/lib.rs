@@ -15,14 +15,17 @@
 //! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
 //!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
 //! - [`service`]: the gRPC service that ties them together.
 
 pub mod config;
 pub mod desired;
+pub mod fuzz;
 pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod oracle;
 pub mod pins;
 pub mod plane;
 pub mod service;

@@ -536,3 +536,21 @@ fn maps_are_made_to_hold_what_the_table_says_and_what_they_hold_already_is_not_t
     expect_dropped(&rig.wan(&frame(HANAKO, ROUTER_FLAT, None, IPV4, b"")), Outcome::WanUnknownNetwork);
     assert_eq!(rig.wan(&frame(HANAKO, ROUTER1, Some(7), IPV4, b"")).outcome, Outcome::WanForwarded);
 }
+
+// the verifier
+
+/// Instructions the verifier may look at for a program: some 1.5 times what it is today, far below the kernel's million. A
+/// rule that multiplies paths shows here long before it is refused.
+const VERIFIED_MAX: u32 = 3_500;
+
+#[test]
+fn the_programs_do_not_grow_unnoticed_for_the_verifier() {
+    let rig = Rig::new();
+    for side in [Side::Access, Side::Wan] {
+        let info = rig.plane.program(side).unwrap().info().unwrap();
+        // absent before Linux 5.16
+        let Some(verified) = info.verified_instruction_count() else { continue };
+        println!("{}: {verified} instructions verified", side.name());
+        assert!(verified <= VERIFIED_MAX, "{}: {verified} instructions verified", side.name());
+    }
+}

@@ -37,6 +37,48 @@ pub const VIDS: u32 = 4096;
 /// Slots of `PORT` and `DEVICE`: the gateway's interfaces.
 pub const PORTS: u32 = 64;
 
+/// Version of everything pinned maps hold. To be raised when a word, a key or a rule that reads them changes its meaning.
+pub const LAYOUT_VERSION: u32 = 1;
+
+/// What a daemon compares before it takes over pinned maps: the version, and below it a digest of what must not differ
+/// unnoticed: sizes, and the outcomes in their order.
+pub const LAYOUT: u64 = (LAYOUT_VERSION as u64) << 32 | layout_digest() as u64;
+
+/// FNV-1a over sizes and names.
+const fn layout_digest() -> u32 {
+    const fn mix(mut hash: u32, bytes: &[u8]) -> u32 {
+        let mut i = 0;
+        while i < bytes.len() {
+            hash = (hash ^ bytes[i] as u32).wrapping_mul(0x0100_0193);
+            i += 1;
+        }
+        // ends a name
+        (hash ^ 0xff).wrapping_mul(0x0100_0193)
+    }
+    let mut hash = 0x811c_9dc5;
+    let sizes = [
+        SWITCHES,
+        NETWORKS,
+        VIDS,
+        PORTS,
+        size_of::<UserKey>() as u32,
+        size_of::<User>() as u32,
+        size_of::<Network>() as u32,
+        size_of::<Run>() as u32,
+    ];
+    let mut i = 0;
+    while i < sizes.len() {
+        hash = mix(hash, &sizes[i].to_le_bytes());
+        i += 1;
+    }
+    i = 0;
+    while i < Outcome::ALL.len() {
+        hash = mix(hash, Outcome::ALL[i].name().as_bytes());
+        i += 1;
+    }
+    hash
+}
+
 /// Names of the maps, as the daemon asks for them.
 pub mod maps {
     /// `Array<User>`, mmapable.
@@ -61,7 +103,8 @@ pub mod maps {
     pub const COUNTERS: &str = "COUNTERS";
     /// `Array<Run>`, mmapable: one cache line per CPU.
     pub const RUN: &str = "RUN";
-    /// `Array<u64>`, mmapable: `cpu * SWITCHES + switch` -> when the last frame went out under the old network.
+    /// `Array<u64>`, mmapable: `cpu * SWITCHES + switch` -> when the last frame went out under the old network. One more
+    /// row, after the last CPU's, is the daemon's: when it made the store, so that its successor knows.
     pub const LAST_OLD: &str = "LAST_OLD";
     /// Read-only global: the MAC the users know the router by, as [`crate::frame::mac_word`] makes it.
     pub const VIRTUAL_ROUTER_MAC: &str = "VIRTUAL_ROUTER_MAC";

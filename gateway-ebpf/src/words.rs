@@ -120,6 +120,11 @@ impl SwitchWord {
         Self(selector as u64 | generation << GENERATION_SHIFT)
     }
 
+    /// Whether both are of one generation, as far as words tell.
+    pub const fn same_generation(self, other: Self) -> bool {
+        (self.0 ^ other.0) >> GENERATION_SHIFT == 0
+    }
+
     /// Which network.
     #[inline(always)]
     pub const fn selector(self) -> Selector {

@@ -28,6 +28,13 @@ pub struct Config {
     /// How many users there may be.
     #[serde(default = "default_max_users")]
     pub max_users: u32,
+    /// Directory on a BPF file system, such as /sys/fs/bpf/handover/NAME, where the data path outlives the daemon. Without
+    /// it, the programs are detached when the daemon ends.
+    #[serde(default)]
+    pub pin_dir: Option<PathBuf>,
+    /// Where it is kept who is on which network; used with `pin_dir`. By default /var/lib/handover-gateway/NAME.
+    #[serde(default)]
+    state_dir: Option<PathBuf>,
     /// Certificate files.
     pub tls: TlsFiles,
 }
@@ -35,6 +42,9 @@ pub struct Config {
 const fn default_max_users() -> u32 {
     65_536
 }
+
+/// Where state directories are by default.
+const STATE: &str = "/var/lib/handover-gateway";
 
 /// Most users one gateway can be configured for.
 pub const MAX_USERS: u32 = 1 << 20;
@@ -109,7 +119,27 @@ impl Config {
         if !(1..=MAX_USERS).contains(&config.max_users) {
             return refuse("max_users", &config.max_users, "use 1 to 1048576");
         }
+        for (key, dir) in [("pin_dir", &config.pin_dir), ("state_dir", &config.state_dir)] {
+            if let Some(dir) = dir.as_ref().filter(|dir| !dir.is_absolute()) {
+                return refuse(key, &dir.display(), "give an absolute path");
+            }
+        }
+        if let (None, Some(dir)) = (&config.pin_dir, &config.state_dir) {
+            return refuse(
+                "state_dir",
+                &dir.display(),
+                "it is only kept for a data path that outlives the daemon: give `pin_dir` as well",
+            );
+        }
+        if config.pin_dir.is_some() && config.state_dir.is_none() && config.name.contains('/') {
+            return refuse("name", &config.name, "a name with a slash needs `state_dir`");
+        }
         Ok(config)
+    }
+
+    /// Where it is kept who is on which network.
+    pub fn state_dir(&self) -> PathBuf {
+        self.state_dir.clone().unwrap_or_else(|| Path::new(STATE).join(&self.name))
     }
 }
 
@@ -139,6 +169,8 @@ mod tests {
     fn a_good_file_is_read() {
         let config = Config::parse(GOOD, Path::new("gw.toml")).unwrap();
         assert_eq!((config.wan.as_str(), config.max_users), ("wan0", 65_536));
+        assert_eq!(config.pin_dir, None, "not pinned unless asked for");
+        assert_eq!(config.state_dir(), Path::new("/var/lib/handover-gateway/gw"));
     }
 
     #[test]
@@ -152,6 +184,8 @@ mod tests {
             ("10.255.0.2:7443", "10.255.0.2", "listen"),
             ("[tls]", "max_users = 0\n[tls]", "max_users = 0"),
             ("key =", "keys =", "keys"),
+            ("[tls]", "pin_dir = \"handover\"\n[tls]", "absolute"),
+            ("[tls]", "state_dir = \"/var/lib/x\"\n[tls]", "pin_dir"),
         ] {
             let text = GOOD.replacen(from, to, 1);
             assert!(error(&text).contains(named), "{to}: {}", error(&text));

@@ -12,15 +12,22 @@
 //! - [`table`]: the state machine of users, networks and switches; no I/O, no clock.
 //! - [`plane`]: loads and attaches the programs, carries out the table's writes, makes the store and measures its window.
 //!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
+//! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
+//!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
 //! - [`service`]: the gRPC service that ties them together.
 
 pub mod config;
 pub mod desired;
+pub mod fuzz;
 pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod oracle;
+pub mod pins;
 pub mod plane;
 pub mod service;
+pub mod state;
 pub mod table;

@@ -2,7 +2,8 @@
 //! looks for them.
 //!
 //! A NIC with `rx-vlan-offload` takes the 802.1Q tag out of the frame before the program runs: every frame would look
-//! untagged. The offload is switched off at attach, and restored when the daemon ends.
+//! untagged. The offload is switched off at attach, and restored when the daemon ends, or, for a data path that outlives it,
+//! when that is taken down.
 
 use std::{ffi::CString, io, mem, os::fd::AsRawFd as _, os::fd::OwnedFd};
 
@@ -43,6 +44,40 @@ pub enum LinkError {
          try `ethtool -K {0} rxvlan off` or another driver"
     )]
     HidesTags(String),
+}
+
+/// What was changed at an interface for the data path.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Changes(u64);
+
+impl Changes {
+    /// Nothing.
+    pub const NONE: Self = Self(0);
+    /// rx-vlan-offload was switched off.
+    pub const RXVLAN: Self = Self(1);
+    /// Promiscuous mode was switched on.
+    pub const PROMISCUOUS: Self = Self(2);
+
+    /// Both.
+    #[must_use]
+    pub const fn union(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
+
+    /// Whether all of `other` are among them.
+    pub const fn contains(self, other: Self) -> bool {
+        self.0 & other.0 == other.0
+    }
+
+    /// As a word.
+    pub const fn bits(self) -> u64 {
+        self.0
+    }
+
+    /// From a word.
+    pub const fn from_bits(bits: u64) -> Self {
+        Self(bits)
+    }
 }
 
 /// A network interface.
@@ -96,9 +131,7 @@ impl Link {
     /// # Errors
     /// [`LinkError`].
     pub fn is_running(&self) -> Result<bool, LinkError> {
-        let request = self.ioctl(libc::SIOCGIFFLAGS, "reading its state", self.request())?;
-        // SAFETY: SIOCGIFFLAGS fills this member.
-        let flags = i32::from(unsafe { request.ifr_ifru.ifru_flags });
+        let flags = self.flags()?;
         let wanted = libc::IFF_UP | libc::IFF_RUNNING;
         Ok(flags & wanted == wanted)
     }
@@ -112,6 +145,70 @@ impl Link {
         // SAFETY: SIOCGIFMTU fills this member.
         let mtu = unsafe { request.ifr_ifru.ifru_mtu };
         Ok(u64::try_from(mtu).unwrap_or(0) + gateway_ebpf::frame::ETH_LEN as u64)
+    }
+
+    /// What has to be changed so that the program sees every frame, with its tag.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn changes_needed(&self) -> Result<Changes, LinkError> {
+        let mut changes = Changes::NONE;
+        match self.ethtool(ETHTOOL_GFLAGS, 0) {
+            Ok(flags) if flags & ETH_FLAG_RXVLAN != 0 => changes = changes.union(Changes::RXVLAN),
+            Ok(_) => {}
+            Err(LinkError::Ioctl { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
+            Err(error) => return Err(error),
+        }
+        if self.flags()? & libc::IFF_PROMISC == 0 {
+            changes = changes.union(Changes::PROMISCUOUS);
+        }
+        Ok(changes)
+    }
+
+    /// Makes tags visible and takes frames for any address, beyond the end of this process: [`Link::undo`] ends it.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn change_for_good(&mut self) -> Result<(), LinkError> {
+        let shown = self.show_tags();
+        self.restore_rxvlan = false;
+        shown?;
+        self.set_promiscuous(true)
+    }
+
+    /// Undoes changes at the interface that has (or had) the index `ifindex`.
+    ///
+    /// # Errors
+    /// [`LinkError`]; an interface that is gone needs nothing undone.
+    pub fn undo(ifindex: u32, changes: Changes) -> Result<(), LinkError> {
+        let Ok(name) = nix::net::if_::if_indextoname(ifindex) else { return Ok(()) };
+        let link = Self::open(&name.to_string_lossy())?;
+        if changes.contains(Changes::PROMISCUOUS) {
+            link.set_promiscuous(false)?;
+        }
+        if changes.contains(Changes::RXVLAN) {
+            let flags = link.ethtool(ETHTOOL_GFLAGS, 0)?;
+            link.ethtool(ETHTOOL_SFLAGS, flags | ETH_FLAG_RXVLAN)?;
+        }
+        Ok(())
+    }
+
+    fn flags(&self) -> Result<i32, LinkError> {
+        let request = self.ioctl(libc::SIOCGIFFLAGS, "reading its state", self.request())?;
+        // SAFETY: SIOCGIFFLAGS fills this member.
+        Ok(i32::from(unsafe { request.ifr_ifru.ifru_flags }))
+    }
+
+    fn set_promiscuous(&self, on: bool) -> Result<(), LinkError> {
+        let flags = self.flags()?;
+        let wanted = if on { flags | libc::IFF_PROMISC } else { flags & !libc::IFF_PROMISC };
+        if wanted == flags {
+            return Ok(());
+        }
+        let mut request = self.request();
+        request.ifr_ifru.ifru_flags = wanted as libc::c_short;
+        self.ioctl(libc::SIOCSIFFLAGS, "switching promiscuous mode (needs CAP_NET_ADMIN)", request)?;
+        Ok(())
     }
 
     /// Makes tags visible to the program. Returns whether an offload had to be switched off.

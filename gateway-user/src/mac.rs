@@ -5,8 +5,8 @@ use std::{fmt, str::FromStr};
 use gateway_ebpf::frame;
 
 /// A MAC address.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Deserialize)]
-#[serde(try_from = "String")]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Deserialize, serde::Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct Mac(pub [u8; 6]);
 
 /// A text that is no MAC address of one interface.
@@ -85,6 +85,12 @@ impl TryFrom<String> for Mac {
 
     fn try_from(s: String) -> Result<Self, MacError> {
         s.parse()
+    }
+}
+
+impl From<Mac> for String {
+    fn from(mac: Mac) -> Self {
+        mac.to_string()
     }
 }
 

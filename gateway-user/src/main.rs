@@ -1,14 +1,20 @@
 //! `handover-gateway`: the daemon of connection control.
 //!
 //! Exit code 0 after SIGTERM or SIGINT, 1 if it cannot start or go on, 2 for bad usage or a bad configuration. When it ends
-//! the programs are detached, and the gateway forwards nothing.
+//! the programs are detached, and the gateway forwards nothing; with `pin_dir` in the configuration it forwards on, until
+//! `handover-gateway detach`.
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
 use handover_api::tls::Tls;
-use handover_gateway::{config::Config, service::Gateway};
+use handover_gateway::{
+    config::Config,
+    pins,
+    service::Gateway,
+    state::{StateError, Store},
+};
 use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
@@ -35,6 +41,8 @@ struct Arguments {
 enum Verb {
     /// Check the configuration and the certificates; touch nothing
     Check,
+    /// Take down the data path that outlived the daemon: programs, maps, and what was changed at the interfaces
+    Detach,
 }
 
 fn main() -> ExitCode {
@@ -43,34 +51,60 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .with_env_filter(EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")))
         .init();
-    let (config, tls) = match configured(&arguments) {
-        Ok(configured) => configured,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            return ExitCode::from(2);
-        }
-    };
-    let result = match arguments.verb {
-        Some(Verb::Check) => {
-            println!("{}: good", arguments.config.display());
-            Ok(())
-        }
-        None => run(&config, &tls),
-    };
-    match result {
+    match act(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
+        Err((code, error)) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(code)
         }
     }
 }
 
-fn configured(arguments: &Arguments) -> anyhow::Result<(Config, Tls)> {
-    let config = Config::load(&arguments.config)?;
+/// Exit codes of failures.
+const FAILED: u8 = 1;
+/// See [`FAILED`].
+const BAD_CONFIGURATION: u8 = 2;
+
+fn act(arguments: &Arguments) -> Result<(), (u8, anyhow::Error)> {
+    let bad = |error: anyhow::Error| (BAD_CONFIGURATION, error);
+    let failed = |error: anyhow::Error| (FAILED, error);
+    let config = Config::load(&arguments.config).map_err(|e| bad(e.into()))?;
+    if let Some(Verb::Detach) = arguments.verb {
+        return detach(&config).map_err(failed);
+    }
     let tls = Tls::load(&config.tls)
-        .with_context(|| format!("certificates of configuration {}", arguments.config.display()))?;
-    Ok((config, tls))
+        .with_context(|| format!("certificates of configuration {}", arguments.config.display()))
+        .map_err(bad)?;
+    match arguments.verb {
+        Some(Verb::Check) => {
+            println!("{}: good", arguments.config.display());
+            Ok(())
+        }
+        _ => run(&config, &tls).map_err(failed),
+    }
+}
+
+fn detach(config: &Config) -> anyhow::Result<()> {
+    let Some(dir) = &config.pin_dir else {
+        println!("nothing to detach: without `pin_dir` the data path ends with the daemon");
+        return Ok(());
+    };
+    let state_dir = config.state_dir();
+    // a running daemon has this locked
+    let _store = match Store::open(&state_dir) {
+        Err(error @ StateError::Locked(_)) => return Err(error.into()),
+        other => other.ok(),
+    };
+    if pins::remove(dir)? {
+        println!(
+            "detached, nothing is left in {}; who is on which network is kept in {}",
+            dir.display(),
+            state_dir.display()
+        );
+    } else {
+        println!("nothing to detach in {}", dir.display());
+    }
+    Ok(())
 }
 
 #[tokio::main]
@@ -96,7 +130,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
         _ = terminate.recv() => info!("SIGTERM"),
         _ = interrupt.recv() => info!("SIGINT"),
     }
-    // the programs go with the process; calls under way get their answers first
+    // programs that are not pinned go with the process; calls under way get their answers first
     let _ = stop.send(());
     match tokio::time::timeout(LAST_CALLS, serving).await {
         Ok(ended) => ended.context("serving"),

@@ -16,12 +16,17 @@
 //! last such frame. The stamp is the program's verdict; the driver's transmit queue comes after it. The store time is taken
 //! before the store, so the window is never too small.
 //!
+//! With [`Pins`] programs, links and maps are files and outlive the daemon: [`Plane::load_pinned`] takes maps over that are
+//! there, [`Plane::reconcile`] makes them hold what the table says, touching only what differs, and [`Plane::attach_pinned`]
+//! replaces an attached program that differs by one link update, so that every frame meets the old or the new one.
+//!
 //! Failures: [`PlaneError`] names what was done to what, and for the usual reasons what to do.
 
 use std::{
+    collections::{HashMap as Known, HashSet},
     fs, io,
     os::fd::AsFd as _,
-    sync::atomic::Ordering,
+    sync::atomic::{AtomicU64, Ordering},
     thread,
     time::{Duration, Instant},
 };
@@ -29,9 +34,13 @@ use std::{
 use aya::{
     Ebpf, EbpfError, EbpfLoader, Pod,
     maps::{DevMap, HashMap, Map, MapData, MapError, PerCpuArray, xdp::XdpMapError},
-    programs::{ProgramError, Xdp, XdpMode, xdp::XdpLinkId},
+    programs::{
+        ProgramError, Xdp, XdpMode,
+        links::{FdLink, PinnedLink},
+        xdp::{XdpLink, XdpLinkId},
+    },
 };
-use gateway_ebpf::{NETWORKS, Outcome, PORTS, SWITCHES, SwitchWord, UserKey, VIDS, maps};
+use gateway_ebpf::{NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS, maps};
 use nix::{
     errno::Errno,
     time::{ClockId, clock_gettime},
@@ -41,7 +50,8 @@ use crate::{
     desired::ADDRESSES_MAX,
     mac::Mac,
     mapping::Mapping,
-    table::{ACCESS_PORT, WAN_PORT, Write, slots_for},
+    pins::{PinError, Pins, Shape},
+    table::{ACCESS_PORT, SwitchAnswer, WAN_PORT, Write, slots_for},
 };
 
 /// How long a program run may take at most: an XDP run is a few hundred instructions, but a virtual CPU may be paused.
@@ -115,6 +125,22 @@ pub enum PlaneError {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Files of the data path.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// A pinned link.
+    #[error("{what} the {side} program's link {}", path.display())]
+    PinnedLink {
+        /// What was done.
+        what: &'static str,
+        /// Which.
+        side: &'static str,
+        /// Its file.
+        path: std::path::PathBuf,
+        /// Why.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// Something about the kernel.
     #[error("{what}")]
     Kernel {
@@ -150,7 +176,18 @@ pub struct Committed {
     pub at_ns: u64,
 }
 
-/// The programs and their maps. Dropping it detaches the programs.
+/// How a pinned program came to be attached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attachment {
+    /// It was attached, and is the same.
+    Kept,
+    /// Another one was attached, and has been replaced by one update of its link.
+    Replaced,
+    /// Nothing of ours was attached to this interface.
+    New,
+}
+
+/// The programs and their maps. Dropping it detaches the programs, unless they are pinned.
 pub struct Plane {
     ebpf: Ebpf,
     user: Mapping,
@@ -176,17 +213,33 @@ impl Plane {
     /// # Errors
     /// [`PlaneError`], with a hint for missing privileges.
     pub fn load(options: &Options) -> Result<Self, PlaneError> {
+        Self::load_with(options, None)
+    }
+
+    /// As [`Plane::load`], with maps that are files: those of `pins` that are there are taken over as they are, the others
+    /// made.
+    ///
+    /// # Errors
+    /// [`PlaneError`]; [`PinError::Shape`] if a map is not what the programs expect.
+    pub fn load_pinned(options: &Options, pins: &Pins) -> Result<Self, PlaneError> {
+        Self::load_with(options, Some(pins))
+    }
+
+    fn load_with(options: &Options, pins: Option<&Pins>) -> Result<Self, PlaneError> {
         grace_is_possible()?;
         let cpus = possible_cpus()?;
         let slots = slots_for(options.max_users);
         let virtual_router_mac = options.virtual_router_mac.word();
-        let mut ebpf = EbpfLoader::new()
-            .map_max_entries(maps::USER, slots)
-            .map_max_entries(maps::USER_INDEX, options.max_users)
-            .map_max_entries(maps::USER_BY_MAC, options.max_users)
-            .map_max_entries(maps::USER_BY_IP, options.max_users.saturating_mul(ADDRESSES_MAX as u32))
-            .map_max_entries(maps::RUN, cpus)
-            .map_max_entries(maps::LAST_OLD, cpus * SWITCHES)
+        let shapes = shapes(options.max_users, cpus);
+        let mut loader = EbpfLoader::new();
+        for (name, shape) in shapes {
+            if let Some(pins) = pins {
+                pins.check_shape(name, shape)?;
+                loader.map_pin_path(name, pins.map(name));
+            }
+            loader.map_max_entries(name, shape.max_entries);
+        }
+        let mut ebpf = loader
             .override_global(maps::VIRTUAL_ROUTER_MAC, &virtual_router_mac, true)
             .load(OBJECT)
             .map_err(|source| PlaneError::Load { hint: load_hint(&source), source: source.into() })?;
@@ -207,7 +260,7 @@ impl Plane {
             by_vid: mapping(&mut ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
             port: mapping(&mut ebpf, maps::PORT, PORTS, 1)?,
             run: mapping(&mut ebpf, maps::RUN, cpus, 8)?,
-            last_old: mapping(&mut ebpf, maps::LAST_OLD, cpus * SWITCHES, 1)?,
+            last_old: mapping(&mut ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
             user_index: typed(&mut ebpf, maps::USER_INDEX)?,
             by_mac: typed(&mut ebpf, maps::USER_BY_MAC)?,
             by_ip: typed(&mut ebpf, maps::USER_BY_IP)?,
@@ -248,6 +301,166 @@ impl Plane {
                 source: source.into(),
             }
         })
+    }
+
+    /// Attaches the program of `side` and pins its link, or takes over the one that is pinned: replaced by one update if it
+    /// differs (or has another virtual MAC), left alone if not.
+    ///
+    /// # Errors
+    /// [`PlaneError`].
+    pub fn attach_pinned(
+        &mut self,
+        side: Side,
+        name: &str,
+        ifindex: u32,
+        same_virtual_mac: bool,
+        pins: &Pins,
+    ) -> Result<Attachment, PlaneError> {
+        let path = pins.link(side);
+        let of_link =
+            |what, source| PlaneError::PinnedLink { what, side: side.name(), path: path.clone(), source };
+        let of_program = |what, hint, source| PlaneError::Program {
+            what,
+            program: side.name(),
+            interface: name.into(),
+            hint,
+            source: Box::new(source),
+        };
+        let program = xdp(&mut self.ebpf, side)?;
+        let tag = program.info().map_err(|e| of_program("asking about", "", e))?.tag();
+        let attachment = match pins.attached(side)? {
+            Some(old) if old.ifindex == ifindex => {
+                if old.program_tag == tag && same_virtual_mac {
+                    return Ok(Attachment::Kept);
+                }
+                let link = PinnedLink::from_pin(&path).map_err(|e| of_link("opening", e.into()))?;
+                let link = XdpLink::try_from(FdLink::from(link)).map_err(|e| of_link("opening", e.into()))?;
+                program.attach_to_link(link).map_err(|e| of_program("replacing", attach_hint(&e), e))?;
+                Attachment::Replaced
+            }
+            old => {
+                if old.is_some() {
+                    pins.unlink(&path)?;
+                }
+                let id = self.attach(side, name, ifindex)?;
+                let link =
+                    xdp(&mut self.ebpf, side)?.take_link(id).map_err(|e| of_program("attaching", "", e))?;
+                let link = FdLink::try_from(link).map_err(|e| {
+                    of_link("pinning (needs kernel 5.9, which has links of XDP programs)", e.into())
+                })?;
+                link.pin(&path).map_err(|e| of_link("pinning", e.into()))?;
+                Attachment::New
+            }
+        };
+        // the link holds the program; this file is for people and tools
+        let file = pins.program(side);
+        pins.unlink(&file)?;
+        xdp(&mut self.ebpf, side)?.pin(&file).map_err(|e| of_link("pinning the program beside", e.into()))?;
+        Ok(attachment)
+    }
+
+    /// Makes the maps hold `contents` and nothing else, while frames flow: only what differs is touched. Returns how many
+    /// things did.
+    ///
+    /// # Errors
+    /// [`PlaneError::Map`]. Repeating it is harmless.
+    pub fn reconcile(&mut self, contents: &[Write]) -> Result<usize, PlaneError> {
+        let (mut index, mut by_mac, mut by_ip) = (Known::new(), Known::new(), Known::new());
+        let (mut slots, mut networks, mut vids) = (HashSet::new(), HashSet::new(), HashSet::new());
+        for write in contents {
+            match *write {
+                Write::AddMac { mac, port, slot } => {
+                    index.insert(self.key(mac, port), slot);
+                    by_mac.insert(mac.word(), slot);
+                }
+                Write::AddAddress { address, slot } => {
+                    by_ip.insert(Write::address_word(address), slot);
+                }
+                Write::UserWord { slot, .. } => {
+                    slots.insert(slot as usize);
+                }
+                Write::NetworkLink { index, .. } => {
+                    networks.insert(usize::from(index));
+                }
+                Write::Vid { vid, .. } => {
+                    vids.insert(usize::from(vid));
+                }
+                _ => {}
+            }
+        }
+        let mut changes = forget_others(&mut self.user_index, maps::USER_INDEX, &index)?;
+        changes += forget_others(&mut self.by_mac, maps::USER_BY_MAC, &by_mac)?;
+        changes += forget_others(&mut self.by_ip, maps::USER_BY_IP, &by_ip)?;
+        for write in contents {
+            if !self.holds(write) {
+                self.apply(std::slice::from_ref(write))?;
+                changes += 1;
+            }
+        }
+        let mut clear = |mapping: &Mapping, keep: &HashSet<usize>, words: &[usize]| {
+            for entry in (0..mapping.len()).filter(|entry| !keep.contains(entry)) {
+                for word in words {
+                    if mapping.word(entry, *word).swap(0, Ordering::AcqRel) != 0 {
+                        changes += 1;
+                    }
+                }
+            }
+        };
+        clear(&self.user, &slots, &[0, 1]);
+        clear(&self.by_vid, &vids, &[0]);
+        clear(&self.network, &networks, &[1, 0, 2]);
+        Ok(changes)
+    }
+
+    /// Whether the maps hold this already.
+    fn holds(&self, write: &Write) -> bool {
+        let is = |mapping: &Mapping, entry: usize, word, value: u64| {
+            mapping.word(entry, word).load(Ordering::Acquire) == value
+        };
+        match *write {
+            Write::UserWord { slot, word } => is(&self.user, slot as usize, 0, word.0),
+            Write::UserIdentity { slot, identity } => is(&self.user, slot as usize, 1, identity),
+            Write::AddMac { mac, port, slot } => {
+                self.user_index.get(&self.key(mac, port), 0).is_ok_and(|s| s == slot)
+                    && self.by_mac.get(&mac.word(), 0).is_ok_and(|s| s == slot)
+            }
+            Write::AddAddress { address, slot } => {
+                self.by_ip.get(&Write::address_word(address), 0).is_ok_and(|s| s == slot)
+            }
+            Write::Switch { index, word } => is(&self.switch, index.into(), 0, word.0),
+            Write::NetworkRouter { index, router } => is(&self.network, index.into(), 0, router.0),
+            Write::NetworkLink { index, link } => is(&self.network, index.into(), 1, link.0),
+            Write::NetworkAddress { index, address } => {
+                is(&self.network, index.into(), 2, Write::address_word(address).into())
+            }
+            Write::Vid { vid, index } => is(&self.by_vid, vid.into(), 0, index.into()),
+            Write::RemoveMac { .. } | Write::RemoveAddress { .. } => false,
+        }
+    }
+
+    /// What a switch says now, and what its store, if it was made, was answered with: the window by the programs' stamps and
+    /// the store's own.
+    pub fn switch_word(&self, index: u16) -> (SwitchWord, SwitchAnswer) {
+        let word = SwitchWord(self.switch.word(index.into(), 0).load(Ordering::SeqCst));
+        let at_ns = self.stored_at(index).load(Ordering::Acquire);
+        let last = (0..self.run.len()).map(|cpu| self.stamp(cpu, index).load(Ordering::Acquire)).max();
+        let window_ns = last.unwrap_or(0).saturating_sub(at_ns);
+        (word, SwitchAnswer { window_ns, store_latency_ns: 0 })
+    }
+
+    /// What a network says now.
+    pub fn network_words(&self, index: u16) -> Network {
+        let word = |word| self.network.word(index.into(), word).load(Ordering::Acquire);
+        Network { router: word(0), link: word(1), address: word(2) }
+    }
+
+    fn stamp(&self, cpu: usize, index: u16) -> &AtomicU64 {
+        self.last_old.word(cpu * SWITCHES as usize + usize::from(index), 0)
+    }
+
+    /// When the daemon made the store: the row after the last CPU's.
+    fn stored_at(&self, index: u16) -> &AtomicU64 {
+        self.stamp(self.run.len(), index)
     }
 
     /// Carries out what the table decided, in order.
@@ -315,6 +528,7 @@ impl Plane {
     /// The commit: from this store on all users of the switch are on the network it selects. No system call.
     pub fn commit(&self, index: u16, word: SwitchWord) -> Committed {
         let at_ns = monotonic_ns();
+        self.stored_at(index).store(at_ns, Ordering::Release);
         self.switch.word(index.into(), 0).store(word.0, Ordering::SeqCst);
         Committed { at_ns }
     }
@@ -340,8 +554,7 @@ impl Plane {
                     }
                 }
             }
-            let stamp = self.last_old.word(cpu * SWITCHES as usize + usize::from(index), 0);
-            last = last.max(stamp.load(Ordering::Acquire));
+            last = last.max(self.stamp(cpu, index).load(Ordering::Acquire));
         }
         last.saturating_sub(committed.at_ns)
     }
@@ -395,6 +608,49 @@ where
 {
     let map = ebpf.take_map(name).ok_or(PlaneError::Object(name))?;
     T::try_from(map).map_err(|source| map_error(name, "opening", source))
+}
+
+/// Every map of the programs with its sizes.
+fn shapes(max_users: u32, cpus: u32) -> [(&'static str, Shape); 12] {
+    const INDEX: u32 = size_of::<u32>() as u32;
+    const WORD: u32 = size_of::<u64>() as u32;
+    let shape = |key_size, value_size: usize, max_entries| Shape {
+        key_size,
+        value_size: value_size as u32,
+        max_entries,
+    };
+    let word = size_of::<u64>();
+    let addresses = max_users.saturating_mul(ADDRESSES_MAX as u32);
+    [
+        (maps::USER, shape(INDEX, size_of::<User>(), slots_for(max_users))),
+        (maps::USER_INDEX, shape(size_of::<UserKey>() as u32, size_of::<u32>(), max_users)),
+        (maps::USER_BY_MAC, shape(WORD, size_of::<u32>(), max_users)),
+        (maps::USER_BY_IP, shape(INDEX, size_of::<u32>(), addresses)),
+        (maps::SWITCH, shape(INDEX, word, SWITCHES)),
+        (maps::NETWORK, shape(INDEX, size_of::<Network>(), NETWORKS)),
+        (maps::NETWORK_BY_VID, shape(INDEX, word, VIDS)),
+        (maps::PORT, shape(INDEX, word, PORTS)),
+        (maps::DEVICE, shape(INDEX, size_of::<[u32; 2]>(), PORTS)),
+        (maps::COUNTERS, shape(INDEX, word, Outcome::ALL.len() as u32)),
+        (maps::RUN, shape(INDEX, size_of::<Run>(), cpus)),
+        (maps::LAST_OLD, shape(INDEX, word, (cpus + 1) * SWITCHES)),
+    ]
+}
+
+/// Removes the keys that are not among `known`. Returns how many.
+fn forget_others<K: Pod + Eq + std::hash::Hash>(
+    map: &mut HashMap<MapData, K, u32>,
+    name: &'static str,
+    known: &Known<K, u32>,
+) -> Result<usize, PlaneError> {
+    let keys: Vec<K> =
+        map.keys().collect::<Result<_, _>>().map_err(|source| map_error(name, "listing", source))?;
+    let mut forgotten = 0;
+    for key in keys.into_iter().filter(|key| !known.contains_key(key)) {
+        remove(map, name, key)?;
+        forgotten += 1;
+    }
+    Ok(forgotten)
 }
 
 /// Maps an array of `words` 64-bit words per element.

@@ -5,10 +5,15 @@
 //!
 //! Whatever has to wait does so outside the lock: introductions for the routers' answers, grace periods for program runs.
 //! A grace period is waited for by a task of its own, so that indices are given back even if the caller has gone.
+//!
+//! With `pin_dir`, the data path goes on without the daemon, and a change goes to disk before it goes to the maps (see
+//! [`crate::state`]); the next daemon reads the table, takes over from the maps what they know better, and makes them hold
+//! what the table says. An answer that was lost with the daemon is given again.
 
 use std::{
     fs, io,
     net::Ipv4Addr,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -27,8 +32,13 @@ use crate::{
     introduce::{Heard, Introduced, Introducer, PATIENCE},
     link::{Link, LinkError, Promiscuous},
     mac::Mac,
+    pins::{self, PinError, Pins},
     plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
-    table::{Asked, Refusal, Retired, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table},
+    state::{StateError, Store},
+    table::{
+        Asked, Refusal, Retired, Snapshot, SnapshotError, StageAnswer, StageStep, SwitchAnswer, SwitchStep,
+        Table, Write,
+    },
 };
 
 /// How often routers that have not answered are asked again.
@@ -52,6 +62,31 @@ pub enum StartError {
         #[source]
         source: io::Error,
     },
+    /// The files of the data path.
+    #[error(transparent)]
+    Pin(#[from] PinError),
+    /// The state directory.
+    #[error(transparent)]
+    State(#[from] StateError),
+    /// A state that cannot be.
+    #[error("state in {}", dir.display())]
+    Snapshot {
+        /// Where.
+        dir: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: SnapshotError,
+    },
+    /// Maps and state of different gateways, or of different times.
+    #[error(
+        "the data path pinned in {} does not go with the state in {}: give the right `pin_dir` and `state_dir`, or take the          data path down with `handover-gateway detach` and start again", pins.display(), state.display()
+    )]
+    OtherState {
+        /// `pin_dir`.
+        pins: PathBuf,
+        /// `state_dir`.
+        state: PathBuf,
+    },
     /// No identity for this start.
     #[error("reading /proc/sys/kernel/random/uuid")]
     BootId(#[source] io::Error),
@@ -68,11 +103,15 @@ struct Inner {
     access: Link,
     wan: Link,
     wan_mac: Mac,
-    _promiscuous: [Promiscuous; 2],
+    /// Of a data path that ends with the daemon; the other kind is promiscuous by itself.
+    _promiscuous: Option<[Promiscuous; 2]>,
     introducer: Introducer,
     core: Mutex<Core>,
     /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
     configuring: tokio::sync::Mutex<()>,
+    /// Where it is kept who is where, if the data path outlives the daemon. Held from before a change goes to disk until it
+    /// is in the maps, so that changes follow one another the same way in both.
+    store: Option<Arc<tokio::sync::Mutex<Store>>>,
 }
 
 struct Core {
@@ -86,32 +125,26 @@ impl Gateway {
     /// # Errors
     /// [`StartError`]; what was attached is detached again.
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        let mut access = Link::open(&config.access)?;
-        let mut wan = Link::open(&config.wan)?;
-        let wan_mac = wan.mac()?;
-        let mut plane = Plane::load(&Options {
-            max_users: config.max_users,
-            virtual_router_mac: config.virtual_router_mac,
-        })?;
-        for link in [&mut access, &mut wan] {
-            if link.show_tags()? {
-                info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
-            }
+        let mut links = [Link::open(&config.access)?, Link::open(&config.wan)?];
+        let wan_mac = links[1].mac()?;
+        for link in &links {
             if !link.is_running()? {
                 warn!(interface = link.name, "the interface is down or has no carrier");
             }
         }
-        plane.set_port(Side::Access, access.index, access.largest_frame()?)?;
-        plane.set_port(Side::Wan, wan.index, wan.largest_frame()?)?;
-        let introducer =
-            Introducer::open(&wan).map_err(|source| StartError::Socket { wan: wan.name.clone(), source })?;
-        let promiscuous = [Promiscuous::on(&access)?, Promiscuous::on(&wan)?];
-        // no user is known yet, so nothing passes
-        plane.attach(Side::Wan, &wan.name, wan.index)?;
-        plane.attach(Side::Access, &access.name, access.index)?;
-        info!(access = access.name, wan = wan.name, "attached in native mode");
-
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/uuid").map_err(StartError::BootId)?;
+        let (core, introducer, store, promiscuous) = match &config.pin_dir {
+            None => {
+                let (core, introducer, promiscuous) = start_unpinned(config, &mut links)?;
+                (core, introducer, None, Some(promiscuous))
+            }
+            Some(dir) => {
+                let (core, introducer, store) = start_pinned(config, dir, &mut links)?;
+                (core, introducer, Some(Arc::new(tokio::sync::Mutex::new(store))), None)
+            }
+        };
+
+        let [access, wan] = links;
         let gateway = Self(Arc::new(Inner {
             name: config.name.clone(),
             boot_id: boot_id.trim().into(),
@@ -121,8 +154,9 @@ impl Gateway {
             wan_mac,
             _promiscuous: promiscuous,
             introducer,
-            core: Mutex::new(Core { table: Table::new(config.max_users), plane }),
+            core: Mutex::new(core),
             configuring: tokio::sync::Mutex::default(),
+            store,
         }));
         gateway.clone().spawn_listener();
         gateway.clone().spawn_asker();
@@ -133,6 +167,48 @@ impl Gateway {
     pub fn service(&self) -> gateway_server::GatewayServer<Self> {
         // a full configuration of MAX_USERS users is some 100 MB
         gateway_server::GatewayServer::new(self.clone()).max_decoding_message_size(256 << 20)
+    }
+
+    /// Changes table and maps; on disk first, where that is kept. In a task of its own: once begun, it is done.
+    async fn change<T, F>(&self, change: F) -> Result<T, Status>
+    where
+        T: Send + 'static,
+        F: Fn(&mut Table) -> Result<(T, Vec<Write>), Refusal> + Send + 'static,
+    {
+        let gateway = self.clone();
+        let task = tokio::spawn(async move {
+            let _kept = match &gateway.0.store {
+                None => None,
+                Some(store) => {
+                    let store = Arc::clone(store).lock_owned().await;
+                    let mut next = gateway.core().table.clone();
+                    change(&mut next)?;
+                    Some(save(store, next.snapshot()).await?)
+                }
+            };
+            let mut core = gateway.core();
+            // the same again: meanwhile only a switch can have been made, of another migration or refused here
+            let (answer, writes) = change(&mut core.table)?;
+            core.plane.apply(&writes).map_err(|e| internal(&e))?;
+            Ok(answer)
+        });
+        task.await.map_err(|error| Status::internal(error.to_string()))?
+    }
+
+    /// Has the disk follow what the maps already say.
+    fn save_soon(&self) {
+        let Some(store) = self.0.store.clone() else { return };
+        let gateway = self.clone();
+        tokio::spawn(async move {
+            let store = store.lock_owned().await;
+            let snapshot = gateway.core().table.snapshot();
+            if let Err(status) = save(store, snapshot).await {
+                tracing::error!(
+                    error = status.message(),
+                    "what the maps say could not be saved; the next change tries again"
+                );
+            }
+        });
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
@@ -167,12 +243,17 @@ impl Gateway {
             if let Err(error) = core.plane.apply(&[write]) {
                 tracing::error!(index, %error, "the router's MAC could not be written");
             }
+            drop(core);
+            self.save_soon();
         }
     }
 
-    /// Asks again for routers that have not answered.
+    /// Asks for all routers once, as those that are known may have been replaced while no daemon was there; then again for
+    /// those that have not answered.
     fn spawn_asker(self) {
         tokio::spawn(async move {
+            let learned = self.core().table.routers(true);
+            self.ask_routers(learned).await;
             let mut again = tokio::time::interval(ASK_AGAIN);
             loop {
                 again.tick().await;
@@ -183,9 +264,13 @@ impl Gateway {
 
     /// Asks for every router that is not known, all at once; returns when each has answered or been silent too long.
     async fn ask_unknown_routers(&self) -> Vec<Asked> {
-        let unknown = self.core().table.unknown_routers();
+        let unknown = self.core().table.routers(false);
+        self.ask_routers(unknown).await
+    }
+
+    async fn ask_routers(&self, routers: Vec<(Asked, (Mac, Ipv4Addr))>) -> Vec<Asked> {
         let mut asking = JoinSet::new();
-        for (network, user) in unknown {
+        for (network, user) in routers {
             let gateway = self.clone();
             asking.spawn(async move {
                 let answer = gateway.introduce(&network, &[user]).await;
@@ -308,6 +393,139 @@ impl Gateway {
     }
 }
 
+/// A data path that ends with the daemon.
+fn start_unpinned(
+    config: &Config,
+    links: &mut [Link; 2],
+) -> Result<(Core, Introducer, [Promiscuous; 2]), StartError> {
+    let mut plane = Plane::load(&options(config))?;
+    for link in &mut *links {
+        if link.show_tags()? {
+            info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
+        }
+    }
+    set_ports(&mut plane, links)?;
+    let introducer = introducer(links)?;
+    let [access, wan] = links;
+    let promiscuous = [Promiscuous::on(access)?, Promiscuous::on(wan)?];
+    // no user is known yet, so nothing passes
+    plane.attach(Side::Wan, &wan.name, wan.index)?;
+    plane.attach(Side::Access, &access.name, access.index)?;
+    info!(access = access.name, wan = wan.name, "attached in native mode");
+    Ok((Core { table: Table::new(config.max_users), plane }, introducer, promiscuous))
+}
+
+/// A data path that outlives the daemon: the one in `dir`, or a new one.
+fn start_pinned(
+    config: &Config,
+    dir: &Path,
+    links: &mut [Link; 2],
+) -> Result<(Core, Introducer, Store), StartError> {
+    let state_dir = config.state_dir();
+    let (mut store, saved) = Store::open(&state_dir)?;
+    let mut pins = Pins::open(dir, config.max_users)?;
+    let fresh = !pins.adopted();
+    if !fresh && (saved.is_none() || pins.state_id()? != store.id()) {
+        return Err(StartError::OtherState { pins: dir.into(), state: state_dir });
+    }
+    let table = Table::restore(&saved.unwrap_or_default(), config.max_users, fresh)
+        .map_err(|source| StartError::Snapshot { dir: state_dir, source });
+    let started = table.and_then(|table| {
+        let (core, introducer) = bring_up(config, &mut pins, table, links)?;
+        if fresh {
+            store.renew_id()?;
+            store.save(&core.table.snapshot())?;
+            pins.complete(config.max_users, store.id())?;
+        }
+        Ok((core, introducer))
+    });
+    match started {
+        Ok((core, introducer)) => {
+            info!(pin_dir = %dir.display(), taken_over = !fresh, revision = core.table.revision(), "pinned");
+            Ok((core, introducer, store))
+        }
+        Err(error) => {
+            // what was there goes on as it is; what this start began does not stay behind
+            if fresh && let Err(error) = pins::remove(dir) {
+                warn!(error = chain(&error), "taking down what was begun");
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Maps, interfaces and programs as `table` wants them, from whatever state they are in.
+fn bring_up(
+    config: &Config,
+    pins: &mut Pins,
+    mut table: Table,
+    links: &mut [Link; 2],
+) -> Result<(Core, Introducer), StartError> {
+    let mut plane = Plane::load_pinned(&options(config), pins)?;
+    set_ports(&mut plane, links)?;
+    let introducer = introducer(links)?;
+    if pins.adopted() {
+        let switched = table.adopt(|index| plane.switch_word(index), |index| plane.network_words(index));
+        for migration in switched {
+            info!(%migration, "its switch was made just before the last daemon ended");
+        }
+    }
+    let changes = plane.reconcile(&table.contents())?;
+    if pins.adopted() && changes > 0 {
+        info!(changes, "the maps were behind the table");
+    }
+    // what a word named before may be used again
+    grace_period()?;
+
+    let virtual_mac = config.virtual_router_mac.word();
+    let same_virtual_mac = pins.virtual_mac()? == virtual_mac;
+    for (side, link) in [Side::Access, Side::Wan].into_iter().zip(links).rev() {
+        let (noted, changes) = pins.noted(side)?;
+        if noted != link.index
+            && let Err(error) = Link::undo(noted, changes)
+        {
+            warn!(error = chain(&error), "restoring the interface that was used before");
+        }
+        let needed = link.changes_needed()?;
+        pins.note_interface(side, link.index, needed)?;
+        link.change_for_good()?;
+        let attachment = plane.attach_pinned(side, &link.name, link.index, same_virtual_mac, pins)?;
+        info!(interface = link.name, ?attachment, changed = ?needed, "attached in native mode");
+    }
+    pins.set_virtual_mac(virtual_mac)?;
+    Ok((Core { table, plane }, introducer))
+}
+
+const fn options(config: &Config) -> Options {
+    Options { max_users: config.max_users, virtual_router_mac: config.virtual_router_mac }
+}
+
+fn introducer([_, wan]: &[Link; 2]) -> Result<Introducer, StartError> {
+    Introducer::open(wan).map_err(|source| StartError::Socket { wan: wan.name.clone(), source })
+}
+
+fn set_ports(plane: &mut Plane, [access, wan]: &[Link; 2]) -> Result<(), StartError> {
+    plane.set_port(Side::Access, access.index, access.largest_frame()?)?;
+    plane.set_port(Side::Wan, wan.index, wan.largest_frame()?)?;
+    Ok(())
+}
+
+type HeldStore = tokio::sync::OwnedMutexGuard<Store>;
+
+/// Puts `snapshot` on disk, off the runtime's threads.
+async fn save(store: HeldStore, snapshot: Snapshot) -> Result<HeldStore, Status> {
+    let task = tokio::task::spawn_blocking(move || store.save(&snapshot).map(|()| store));
+    match task.await {
+        Ok(Ok(store)) => Ok(store),
+        Ok(Err(error)) => {
+            let text = chain(&error);
+            tracing::error!(error = text, "state");
+            Err(Status::internal(text))
+        }
+        Err(error) => Err(Status::internal(error.to_string())),
+    }
+}
+
 fn vid_text(network: &Asked) -> String {
     network.spec.vid.map_or_else(|| "none (untagged)".into(), |vid| vid.to_string())
 }
@@ -410,13 +628,24 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let desired = Desired::new(request.get_ref(), self.0.virtual_router_mac)?;
         let _one_at_a_time = self.0.configuring.lock().await;
-        let retired = {
+        {
             let mut core = self.core();
             // an interface's MTU may have been changed since
             for (side, link) in [(Side::Access, &self.0.access), (Side::Wan, &self.0.wan)] {
                 let largest = link.largest_frame().map_err(|e| Status::failed_precondition(chain(&e)))?;
                 core.plane.set_port(side, link.index, largest).map_err(|e| internal(&e))?;
             }
+        }
+        let _kept = match &self.0.store {
+            None => None,
+            Some(store) => {
+                let store = Arc::clone(store).lock_owned().await;
+                let (next, ..) = self.core().table.configured(&desired)?;
+                Some(save(store, next.snapshot()).await?)
+            }
+        };
+        let retired = {
+            let mut core = self.core();
             let (next, writes, retired) = core.table.configured(&desired)?;
             core.plane.apply(&writes).map_err(|e| internal(&e))?;
             core.table = next;
@@ -429,6 +658,7 @@ impl gateway_server::Gateway for Gateway {
             );
             retired
         };
+        drop(_kept);
         self.retire(retired).await?;
         for network in self.ask_unknown_routers().await {
             warn!("{}; asking on", silent(&network));
@@ -534,9 +764,13 @@ impl gateway_server::Gateway for Gateway {
                     self.core().table.stage_failed(&migration);
                     return Err(status);
                 }
-                let mut core = self.core();
-                let (writes, answer) = core.table.stage_write(&migration)?;
-                core.plane.apply(&writes).map_err(|e| internal(&e))?;
+                let staging = migration.clone();
+                let answer = self
+                    .change(move |table| {
+                        let (writes, answer) = table.stage_write(&staging)?;
+                        Ok((answer, writes))
+                    })
+                    .await?;
                 info!(
                     migration,
                     users = users.len(),
@@ -583,6 +817,7 @@ impl gateway_server::Gateway for Gateway {
                 }
             }
         };
+        self.save_soon();
         info!(migration, users = users.len(), to = to_network, ?answer, "switched");
         Ok(Response::new(v1::SwitchResponse {
             window_ns: answer.window_ns,
@@ -597,15 +832,15 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
-        let step = {
-            let mut core = self.core();
-            let step = core.table.abort(&migration)?;
-            core.plane.apply(&step.writes).map_err(|e| internal(&e))?;
-            step
-        };
-        info!(migration, was_switched = step.was_switched, "aborted");
-        let was_switched = step.was_switched;
-        self.retire(step.retired).await?;
+        let ending = migration.clone();
+        let (was_switched, retired) = self
+            .change(move |table| {
+                let step = table.abort(&ending)?;
+                Ok(((step.was_switched, step.retired), step.writes))
+            })
+            .await?;
+        info!(migration, was_switched, "aborted");
+        self.retire(retired).await?;
         Ok(Response::new(v1::AbortSwitchResponse { was_switched }))
     }
 
@@ -616,12 +851,13 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
-        let retired = {
-            let mut core = self.core();
-            let (writes, retired) = core.table.finish(&migration)?;
-            core.plane.apply(&writes).map_err(|e| internal(&e))?;
-            retired
-        };
+        let ending = migration.clone();
+        let retired = self
+            .change(move |table| {
+                let (writes, retired) = table.finish(&ending)?;
+                Ok((retired, writes))
+            })
+            .await?;
         info!(migration, "finished");
         self.retire(retired).await?;
         Ok(Response::new(v1::FinishSwitchResponse {}))

@@ -23,6 +23,8 @@
 //!
 //! Invariants:
 //! - a user is in at most one switch; a switch holds users of one network only;
+//! - what is given as a [`Snapshot`] and restored from it answers every call as before; only what was being staged is not
+//!   in it, as if staging had not begun;
 //! - slots, switches and network indices that words in the maps may still name are handed to the caller as [`Retired`] and
 //!   used again only after it gives them back, which it does after a grace period;
 //! - `Configure` neither removes nor changes a user or network of a switch, and never moves a user.
@@ -167,7 +169,8 @@ pub struct StageAnswer {
 }
 
 /// What a switch was answered.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct SwitchAnswer {
     /// Store -> last frame under the old network.
     pub window_ns: u64,
@@ -841,11 +844,11 @@ impl Table {
         self.networks.get_key_value(name).map(|(name, _)| self.asked(name))
     }
 
-    /// Networks with users whose router's MAC is not known, each with one user to ask as.
-    pub fn unknown_routers(&self) -> Vec<(Asked, (Mac, Ipv4Addr))> {
+    /// Networks with users whose router's MAC was learned, or is not known yet, each with one user to ask as.
+    pub fn routers(&self, learned: bool) -> Vec<(Asked, (Mac, Ipv4Addr))> {
         self.networks
             .iter()
-            .filter(|(_, network)| network.router().is_none())
+            .filter(|(_, n)| n.spec.router_mac.is_none() && n.learned.is_some() == learned)
             .filter_map(|(name, _)| {
                 let user = self.users.values().find(|u| u.network == *name)?;
                 Some((self.asked(name), user.ask()))
@@ -911,6 +914,9 @@ fn same_users(staged: &[Arc<str>], named: &[String]) -> bool {
     named.sort_unstable();
     staged.iter().zip(named).all(|(a, b)| **a == *b)
 }
+
+mod snapshot;
+pub use snapshot::{Snapshot, SnapshotError};
 
 #[cfg(test)]
 mod tests;

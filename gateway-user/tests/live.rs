@@ -24,26 +24,29 @@ use std::{
     process::{Child, ChildStderr, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread,
     time::{Duration, Instant},
 };
 
+use aya::maps::MapData;
 use common::{TARO, VIRTUAL, arp, bare, network, user};
+use gateway_ebpf::{SwitchWord, words::Selector};
 use handover_api::{
     tls::{Role, Tls, init_authority, issue},
     v1::{self, gateway_client::GatewayClient},
 };
 use handover_gateway::mac::Mac;
 use nix::{
+    mount::{MsFlags, mount},
     sched::{CloneFlags, setns, unshare},
     sys::{
         signal::{Signal, kill},
         socket::{
             AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, setsockopt, socket,
-            sockopt::ReceiveTimeout,
+            sockopt::{RcvBufForce, ReceiveTimeout},
         },
         time::{TimeVal, TimeValLike as _},
     },
@@ -106,7 +109,40 @@ impl Ns {
     }
 }
 
+/// A mount namespace with a BPF file system of its own: whatever is pinned there ends with it.
+struct Mounts(fs::File);
+
+impl Mounts {
+    fn new() -> Self {
+        let file = thread::spawn(|| {
+            unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root");
+            let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
+            mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            fs::File::open("/proc/thread-self/ns/mnt").unwrap()
+        });
+        Self(file.join().unwrap())
+    }
+
+    /// Runs `work` inside, on a thread of its own.
+    fn run<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        thread::scope(|scope| {
+            scope
+                .spawn(|| {
+                    unshare(CloneFlags::CLONE_FS).unwrap();
+                    setns(self.0.as_fd(), CloneFlags::CLONE_NEWNS).unwrap();
+                    work()
+                })
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        })
+    }
+}
+
+/// Where the labs' daemons pin; in the lab's own mount namespace, in which the daemon has to mount it first.
+const PIN_DIR: &str = "/sys/fs/bpf/handover/gw";
+
 struct Lab {
+    mounts: Option<Mounts>,
     taro: Ns,
     gateway: Ns,
     router: Ns,
@@ -133,9 +169,42 @@ impl Lab {
         init_authority(dir.path()).unwrap();
         issue(dir.path(), dir.path(), Role::Gateway, "gw").unwrap();
         issue(dir.path(), dir.path(), Role::Controller, "c").unwrap();
-        let lab = Self { taro, gateway, router, dir };
+        let lab = Self { mounts: None, taro, gateway, router, dir };
         lab.write_config("gw.toml", "access0", "wan0", 7443);
         lab
+    }
+
+    /// One whose data path outlives the daemon.
+    fn pinned() -> Self {
+        let mut lab = Self::new();
+        lab.mounts = Some(Mounts::new());
+        let file = lab.config();
+        let text = fs::read_to_string(&file).unwrap();
+        let state = lab.dir.path().join("state");
+        let keys = format!("pin_dir = \"{PIN_DIR}\"\nstate_dir = \"{}\"\n[tls]", state.display());
+        fs::write(&file, text.replace("[tls]", &keys)).unwrap();
+        lab
+    }
+
+    fn config(&self) -> PathBuf {
+        self.dir.path().join("gw.toml")
+    }
+
+    /// Runs `work` where the pins are to be seen.
+    fn at_pins<T: Send>(&self, work: impl FnOnce() -> T + Send) -> T {
+        self.mounts.as_ref().unwrap().run(work)
+    }
+
+    /// A pinned array of words.
+    fn pinned_array(file: &str) -> aya::maps::Array<MapData, u64> {
+        let data = MapData::from_pin(Path::new(PIN_DIR).join(file)).unwrap();
+        aya::maps::Map::from_map_data(data).unwrap().try_into().unwrap()
+    }
+
+    fn detach(&self) -> (i32, String) {
+        let mut detach = self.daemon(&self.config());
+        detach.arg("detach");
+        self.refused(detach)
     }
 
     fn write_config(&self, file: &str, access: &str, wan: &str, port: u16) -> PathBuf {
@@ -154,6 +223,13 @@ impl Lab {
         let mut command = self.gateway.command(env!("CARGO_BIN_EXE_handover-gateway"));
         command.arg("--config").arg(config).env("RUST_LOG", "info").env("NO_COLOR", "1");
         command.stdout(Stdio::piped()).stderr(Stdio::piped());
+        if let Some(mounts) = &self.mounts {
+            let mounts = mounts.0.try_clone().unwrap();
+            // SAFETY: setns is one system call.
+            unsafe {
+                command.pre_exec(move || Ok(setns(mounts.as_fd(), CloneFlags::CLONE_NEWNS)?));
+            }
+        }
         command
     }
 
@@ -172,7 +248,7 @@ impl Lab {
             log.read_line(&mut seen).unwrap();
             assert!(seen.len() > before, "the daemon ended: {seen}");
         }
-        Daemon { child, log: Some(log) }
+        Daemon { child, log: Some(log), began: seen }
     }
 
     /// Calls the daemon as the controller.
@@ -234,6 +310,8 @@ impl Lab {
 struct Daemon {
     child: Child,
     log: Option<BufReader<ChildStderr>>,
+    /// What it said until it was ready.
+    began: String,
 }
 
 impl Daemon {
@@ -242,6 +320,14 @@ impl Daemon {
         let mut log = String::new();
         self.log.take().unwrap().read_to_string(&mut log).unwrap();
         (self.child.wait().unwrap().code().unwrap(), log)
+    }
+}
+
+impl Daemon {
+    /// SIGKILL.
+    fn kill(mut self) {
+        self.child.kill().unwrap();
+        self.child.wait().unwrap();
     }
 }
 
@@ -587,4 +673,249 @@ fn a_daemon_that_cannot_start_says_why_and_touches_nothing() {
     let (code, error) = lab.refused(lab.daemon(&port));
     assert_eq!(code, 1, "{error}");
     assert!(error.contains("127.0.0.1:7443"), "{error}");
+}
+
+/// Numbered frames from taro to the router on `flat`, without end; in the meantime somebody does things to the daemon.
+struct Stream {
+    sent: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    sender: thread::JoinHandle<()>,
+    receiver: thread::JoinHandle<Vec<u64>>,
+}
+
+impl Stream {
+    /// Between two frames.
+    const PACE: Duration = Duration::from_micros(200);
+
+    fn start(lab: &Lab) -> Self {
+        let receiver = lab.router.run(|| UdpSocket::bind((R, 9)).unwrap());
+        receiver.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        setsockopt(&receiver, RcvBufForce, &(64 << 20)).unwrap();
+        let sender = lab.taro.run(|| UdpSocket::bind((TARO_IP, 0)).unwrap());
+        let (sent, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (sending, stopping) = (Arc::clone(&sent), Arc::clone(&stop));
+        let sender = thread::spawn(move || {
+            let mut next = Instant::now();
+            while !stopping.load(Ordering::Relaxed) {
+                let number = sending.load(Ordering::Relaxed);
+                sender.send_to(&number.to_be_bytes(), (R, 9)).unwrap();
+                sending.store(number + 1, Ordering::Relaxed);
+                next += Self::PACE;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        });
+        let receiver = thread::spawn(move || {
+            let (mut seen, mut buffer) = (Vec::new(), [0; 8]);
+            // the last frame is followed by silence
+            while let Ok((8, _)) = receiver.recv_from(&mut buffer) {
+                seen.push(u64::from_be_bytes(buffer));
+            }
+            seen
+        });
+        let stream = Self { sent, stop, sender, receiver };
+        stream.goes_on();
+        stream
+    }
+
+    /// Returns when a few more frames have been sent.
+    fn goes_on(&self) {
+        let from = self.sent.load(Ordering::Relaxed);
+        while self.sent.load(Ordering::Relaxed) < from + 500 {
+            thread::sleep(Self::PACE);
+        }
+    }
+
+    /// Ends it; every frame has to have come, once, in order. Returns how many.
+    fn ends_whole(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.sender.join().unwrap();
+        let seen = self.receiver.join().unwrap();
+        let sent = self.sent.load(Ordering::Relaxed);
+        let odd: Vec<_> = seen.windows(2).filter(|w| w[1] != w[0] + 1).collect();
+        assert_eq!((seen.len() as u64, &odd[..]), (sent, &[][..]), "sent {sent}");
+        sent
+    }
+}
+
+fn switch_of(staged: &v1::StageResponse, migration: &str) -> v1::SwitchRequest {
+    v1::SwitchRequest {
+        migration: migration.into(),
+        switch: staged.switch,
+        generation: staged.generation,
+        users: vec!["taro".into()],
+        to_network: "net2".into(),
+    }
+}
+
+#[test]
+fn the_data_path_outlives_the_daemon_and_no_frame_is_lost() {
+    let lab = Lab::pinned();
+    let wire = Wire::new(&lab.router);
+    let daemon = lab.start();
+    assert!(daemon.began.contains("New"), "{}", daemon.began);
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    assert!(lab.echo());
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap().into_inner());
+
+    let stream = Stream::start(&lab);
+    daemon.kill();
+    stream.goes_on();
+    assert!(lab.gateway.sh("ip -d link show wan0").contains("prog/xdp"), "attached without the daemon");
+    let daemon = lab.start();
+    assert!(daemon.began.contains("Kept") && !daemon.began.contains("Replaced"), "{}", daemon.began);
+    stream.goes_on();
+    let status = lab.status();
+    assert_eq!(status.revision, 1, "known before it was configured again");
+    assert_eq!(status.switches.len(), 1, "still staged");
+    assert_eq!((status.users[0].network.as_str(), status.users[0].staged_by.as_str()), ("flat", "m1"));
+    let (code, log) = daemon.stop();
+    assert_eq!(code, 0, "{log}");
+    stream.goes_on();
+    // an upgrade: other programs are attached, as far as the new daemon can tell
+    lab.at_pins(|| Lab::pinned_array("meta").set(3, 0, 0).unwrap());
+    let daemon = lab.start();
+    assert!(daemon.began.contains("Replaced") && !daemon.began.contains("Kept"), "{}", daemon.began);
+    stream.goes_on();
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    println!("{} frames, all there", stream.ends_whole());
+
+    // staged before the crash, switched after it, once
+    let request = switch_of(&staged, "m1");
+    let first = lab.call(async |mut gateway| gateway.switch(request).await.unwrap().into_inner());
+    let taro = lab.taro.run(|| UdpSocket::bind((TARO_IP, 0)).unwrap());
+    taro.send_to(b"to the new network", (R, 7)).unwrap();
+    let sent = wire.wait_for(|frame| frame.ends_with(b"to the new network"));
+    assert_eq!(sent.last().unwrap()[12..16], [0x81, 0, 0, 2]);
+    daemon.kill();
+    taro.send_to(b"still to the new one", (R, 7)).unwrap();
+    let sent = wire.wait_for(|frame| frame.ends_with(b"still to the new one"));
+    assert_eq!(sent.last().unwrap()[12..16], [0x81, 0, 0, 2]);
+    let daemon = lab.start();
+    assert_eq!(lab.status().users[0].network, "net2");
+    let request = switch_of(&staged, "m1");
+    let again = lab.call(async |mut gateway| gateway.switch(request).await.unwrap().into_inner());
+    assert_eq!(again.window_ns, first.window_ns, "the answer it gave before");
+    let finish = || v1::FinishSwitchRequest { migration: "m1".into() };
+    lab.call(async |mut gateway| gateway.finish(finish()).await.unwrap());
+    daemon.kill();
+    let _daemon = lab.start();
+    lab.call(async |mut gateway| gateway.finish(finish()).await.unwrap());
+    let late = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap_err());
+    assert!(late.message().contains("finished"), "{}", late.message());
+    let status = lab.status();
+    assert_eq!((status.users[0].network.as_str(), status.switches.len()), ("net2", 0));
+}
+
+#[test]
+fn a_store_the_last_daemon_had_no_time_to_write_down_is_found_in_the_maps() {
+    let lab = Lab::pinned();
+    let _wire = Wire::new(&lab.router);
+    let daemon = lab.start();
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap().into_inner());
+    daemon.kill();
+    let store = |generation| {
+        let word = SwitchWord::forward(Selector::B, generation);
+        lab.at_pins(|| Lab::pinned_array("map-SWITCH").set(staged.switch, word.0, 0).unwrap());
+    };
+
+    // of another generation it says nothing about this migration
+    store(staged.generation + 1);
+    let daemon = lab.start();
+    assert_eq!(lab.status().switches[0].state, "staged");
+    assert!(lab.echo(), "taro is on the old network");
+    daemon.kill();
+
+    store(staged.generation);
+    let daemon = lab.start();
+    assert_eq!(lab.status().switches[0].state, "switched");
+    let request = switch_of(&staged, "m1");
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    let abort = || v1::AbortSwitchRequest { migration: "m1".into() };
+    let aborted = lab.call(async |mut gateway| gateway.abort(abort()).await.unwrap().into_inner());
+    assert!(aborted.was_switched);
+    assert!(lab.echo(), "and back");
+    daemon.kill();
+    let _daemon = lab.start();
+    let late = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap_err());
+    assert!(late.message().contains("aborted"), "{}", late.message());
+}
+
+#[test]
+fn what_cannot_be_taken_over_is_refused_and_detach_takes_everything_down() {
+    let lab = Lab::pinned();
+    let before = lab.gateway.sh("ip -o link show wan0");
+    let daemon = lab.start();
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    assert!(lab.echo());
+    assert!(lab.gateway.sh("ip -o link show wan0").contains("PROMISC"));
+
+    // while a daemon is there
+    let (code, error) = lab.detach();
+    assert!(code == 1 && error.contains("running"), "{code}: {error}");
+    daemon.kill();
+
+    // another layout, another number of users, another state: refused, and forwarding goes on
+    let refused = |named: &str| {
+        let (code, error) = lab.refused(lab.daemon(&lab.config()));
+        assert_eq!(code, 1, "{error}");
+        assert!(error.contains(named) && error.contains("detach"), "{error}");
+        assert!(lab.echo(), "it goes on without the daemon");
+    };
+    let layout = lab.at_pins(|| {
+        let mut meta = Lab::pinned_array("meta");
+        let layout = meta.get(&1, 0).unwrap();
+        meta.set(1, layout + (1 << 32), 0).unwrap();
+        layout
+    });
+    refused("layout 2");
+    lab.at_pins(|| Lab::pinned_array("meta").set(1, layout, 0).unwrap());
+    let config = fs::read_to_string(lab.config()).unwrap();
+    fs::write(lab.config(), config.replace("[tls]", "max_users = 10\n[tls]")).unwrap();
+    refused("room for 65536 users");
+    fs::write(lab.config(), &config).unwrap();
+    let (state, aside) = (lab.dir.path().join("state/table.json"), lab.dir.path().join("aside"));
+    fs::rename(&state, &aside).unwrap();
+    refused("does not go with the state");
+    fs::write(&state, "{}").unwrap();
+    refused("damaged");
+    fs::rename(&aside, &state).unwrap();
+
+    // nothing left
+    let (code, error) = lab.detach();
+    assert_eq!(code, 0, "{error}");
+    assert!(!lab.at_pins(|| Path::new(PIN_DIR).exists()));
+    assert_eq!(lab.gateway.sh("ip -o link show wan0"), before);
+    assert!(!lab.gateway.sh("ip -d link show access0").contains("prog/xdp"));
+    assert_eq!(lab.detach().0, 0, "again is no error");
+
+    // and up again, with everybody where they were
+    let daemon = lab.start();
+    assert!(daemon.began.contains("New"), "{}", daemon.began);
+    assert_eq!(lab.status().users[0].network, "flat");
+    assert!(lab.echo());
+    drop(daemon);
+
+    // an interface that is not there any more, as after the provider's end was built anew
+    lab.gateway.sh("ip link del wan0");
+    lab.gateway.sh(&format!("ip link add wan0 type veth peer name up0 netns {}", lab.router.path()));
+    lab.router.sh("ethtool -K up0 gro on tx off txvlan off");
+    lab.router.sh("ip link set up0 up");
+    lab.router.sh(&format!("ip address add {R}/24 dev up0"));
+    lab.gateway.sh("ip link set wan0 up");
+    let daemon = lab.start();
+    assert!(daemon.began.contains("New") && daemon.began.contains("Kept"), "{}", daemon.began);
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    lab.taro.sh("ip neigh flush all");
+    assert!(lab.echo());
+    drop(daemon);
+
+    // nowhere to pin to
+    fs::write(lab.config(), config.replace(PIN_DIR, &lab.dir.path().join("pins").display().to_string()))
+        .unwrap();
+    let (code, error) = lab.refused(lab.daemon(&lab.config()));
+    assert_eq!(code, 1, "{error}");
+    assert!(error.contains("no BPF file system"), "{error}");
+    fs::write(lab.config(), &config).unwrap();
+    assert_eq!(lab.detach().0, 0);
 }

@@ -505,3 +505,52 @@ fn after_the_window_no_frame_goes_under_the_old_network_however_fast_they_come()
     );
     assert!(seen > 0, "the load never met a switch: nothing was tested");
 }
+
+// taking over
+
+#[test]
+fn maps_are_made_to_hold_what_the_table_says_and_what_they_hold_already_is_not_touched() {
+    let mut rig = Rig::new();
+    rig.stage("m", &["taro"], "net1", "net2");
+    assert_eq!(rig.plane.reconcile(&rig.table.contents()).unwrap(), 0, "as it is");
+
+    // a table that differs in everything: what was in the maps and is not in it goes
+    let mut other = Rig::empty(16);
+    let mut request = inventory();
+    request.networks = vec![network("net2", Some(7), Some(ROUTER1)), network("net9", Some(2), Some(ROUTER2))];
+    request.users = vec![
+        user("taro", OTHER, "10.1.0.100", "net9"),
+        user("kenji", HANAKO, "10.1.0.77", "net2"),
+        user("saburo", Mac([0x02, 0, 0, 0, 1, 9]), "10.1.0.101", "net9"),
+    ];
+    other.configure(&request);
+    let wanted = other.table.contents();
+    assert!(rig.plane.reconcile(&wanted).unwrap() > 0);
+    assert_eq!(rig.plane.reconcile(&wanted).unwrap(), 0);
+    assert_eq!((rig.vid_of(OTHER), rig.vid_of(HANAKO)), (Some(2), Some(7)));
+    for gone in [TARO, JIRO] {
+        expect_dropped(&rig.access(&frame(VIRTUAL, gone, None, IPV4, b"")), Outcome::AccessUnknownUser);
+        expect_dropped(&rig.wan(&frame(gone, ROUTER2, Some(2), IPV4, b"")), Outcome::WanUnknownUser);
+    }
+    expect_dropped(&rig.wan(&frame(HANAKO, ROUTER1, Some(1), IPV4, b"")), Outcome::WanUnknownNetwork);
+    expect_dropped(&rig.wan(&frame(HANAKO, ROUTER_FLAT, None, IPV4, b"")), Outcome::WanUnknownNetwork);
+    assert_eq!(rig.wan(&frame(HANAKO, ROUTER1, Some(7), IPV4, b"")).outcome, Outcome::WanForwarded);
+}
+
+// the verifier
+
+/// Instructions the verifier may look at for a program: some 1.5 times what it is today, far below the kernel's million. A
+/// rule that multiplies paths shows here long before it is refused.
+const VERIFIED_MAX: u32 = 3_500;
+
+#[test]
+fn the_programs_do_not_grow_unnoticed_for_the_verifier() {
+    let rig = Rig::new();
+    for side in [Side::Access, Side::Wan] {
+        let info = rig.plane.program(side).unwrap().info().unwrap();
+        // absent before Linux 5.16
+        let Some(verified) = info.verified_instruction_count() else { continue };
+        println!("{}: {verified} instructions verified", side.name());
+        assert!(verified <= VERIFIED_MAX, "{}: {verified} instructions verified", side.name());
+    }
+}

@@ -9,20 +9,28 @@
 //! Before and after each way, a sample of users is sent through the program (`BPF_PROG_TEST_RUN`), and the tag of each frame
 //! compared: both ways turn all of them, there and back. Nothing is attached to an interface. Figures are of this run on this
 //! machine; each includes reading the clock twice (`timer`).
+//!
+//! `handover-gateway-bench fuzz`: generated frames in generated worlds, program and oracle compared until they differ or
+//! `--frames` are through.
 
-use std::{process::ExitCode, time::Instant};
+use std::{
+    collections::BTreeMap,
+    process::ExitCode,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context as _, ensure};
 use aya::programs::{TestRun as _, TestRunOptions};
 use clap::{Parser, Subcommand};
 use gateway_ebpf::{
-    SwitchWord, User, UserWord,
+    Outcome, SwitchWord, User, UserWord,
     frame::{ETH_LEN, TPID_8021Q},
     words::Selector,
 };
 use handover_api::v1;
 use handover_gateway::{
     desired::Desired,
+    fuzz::{self, Harness, Random},
     mac::Mac,
     plane::{Options, Plane, Side, grace_period},
     table::{ACCESS_PORT, StageAnswer, StageStep, SwitchStep, Table, Write},
@@ -57,6 +65,18 @@ struct Arguments {
 enum What {
     /// The single-store commit of a switch beside updating the user map by system call
     Switch {
+        /// Print one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Generated frames through the programs, each compared with what the oracle predicts
+    Fuzz {
+        /// How many
+        #[arg(long, default_value_t = 100_000_000, value_parser = clap::value_parser!(u64).range(1..))]
+        frames: u64,
+        /// Where the random numbers begin; the same seed makes the same frames
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
         /// Print one JSON object
         #[arg(long)]
         json: bool,
@@ -107,15 +127,17 @@ struct Report {
 }
 
 fn main() -> ExitCode {
-    let What::Switch { json } = Arguments::parse().what;
-    let result = bench().and_then(|report| {
-        if json {
-            println!("{}", serde_json::to_string(&report)?);
-        } else {
-            print(&report);
-        }
-        Ok(())
-    });
+    let result = match Arguments::parse().what {
+        What::Switch { json } => bench().and_then(|report| {
+            if json {
+                println!("{}", serde_json::to_string(&report)?);
+            } else {
+                print(&report);
+            }
+            Ok(())
+        }),
+        What::Fuzz { frames, seed, json } => fuzz(frames, seed, json),
+    };
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -123,6 +145,66 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Frames of one side in one world, after which the counters are compared.
+const BATCH: u64 = 512;
+
+/// What became of the generated frames.
+#[derive(Serialize)]
+struct Fuzzed {
+    bench: &'static str,
+    seed: u64,
+    frames: u64,
+    worlds: u64,
+    frames_per_second: u64,
+    /// All as predicted.
+    outcomes: BTreeMap<&'static str, u64>,
+}
+
+fn fuzz(frames: u64, seed: u64, json: bool) -> anyhow::Result<()> {
+    let mut harness = Harness::new().context("fuzzing loads the real programs")?;
+    let mut random = Random(seed);
+    let mut tally = [0; Outcome::ALL.len()];
+    let (mut done, mut worlds, begun) = (0, 0, Instant::now());
+    let mut said = begun;
+    while done < frames {
+        let world = fuzz::world(&mut random);
+        harness.enter(&world)?;
+        worlds += 1;
+        for side in [Side::Access, Side::Wan] {
+            let batch: Vec<_> =
+                (0..BATCH.min(frames - done)).map(|_| fuzz::frame(&mut random, &world, side)).collect();
+            harness
+                .compare_and_find(&world, side, &batch, &mut tally)
+                .with_context(|| format!("after {done} frames of seed {seed}"))?;
+            done += batch.len() as u64;
+        }
+        if said.elapsed() > Duration::from_secs(10) {
+            said = Instant::now();
+            eprintln!("{done} of {frames} frames, all as predicted");
+        }
+    }
+    let report = Fuzzed {
+        bench: "fuzz",
+        seed,
+        frames: done,
+        worlds,
+        frames_per_second: (done as f64 / begun.elapsed().as_secs_f64()) as u64,
+        outcomes: Outcome::ALL.iter().map(|o| (o.name(), tally[*o as usize])).collect(),
+    };
+    if json {
+        println!("{}", serde_json::to_string(&report)?);
+        return Ok(());
+    }
+    println!(
+        "{done} frames in {worlds} worlds, all as the oracle predicts ({} frames/s, seed {seed}); by outcome:",
+        report.frames_per_second
+    );
+    for (outcome, frames) in &report.outcomes {
+        println!("{frames:>12}  {outcome}");
+    }
+    Ok(())
 }
 
 fn bench() -> anyhow::Result<Report> {

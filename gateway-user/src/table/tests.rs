@@ -183,6 +183,23 @@ impl World {
         Ok(())
     }
 
+    /// The world after the daemon was killed and started again: the table from what was on disk, `saved`, and from the
+    /// maps, and the maps as the table then wants them.
+    fn restarted(&self, saved: &Snapshot) -> Self {
+        let text = serde_json::to_string(saved).unwrap();
+        let mut table = Table::restore(&serde_json::from_str(&text).unwrap(), 8, false).unwrap();
+        table.adopt(
+            |index| {
+                let word = SwitchWord(self.maps.switches.get(&index).copied().unwrap_or(0));
+                (word, SwitchAnswer { window_ns: 7, store_latency_ns: 8 })
+            },
+            |_| gateway_ebpf::Network { router: 0, link: 0, address: 0 },
+        );
+        let mut maps = Maps::default();
+        maps.apply(&table.contents());
+        Self { table, maps }
+    }
+
     fn vids(&self) -> [u16; 3] {
         [TARO, HANAKO, JIRO].map(|mac| self.maps.vid(mac))
     }
@@ -250,14 +267,105 @@ fn every_call_in_every_state() {
     ];
     for (name, call, answers) in table {
         for (state, (answer, vids)) in STATES.into_iter().zip(answers) {
-            let (mut world, staged) = in_state(state);
-            assert_eq!(call(&mut world, staged), answer, "{name} when {state}");
-            assert_eq!(world.vids(), vids, "after {name} when {state}");
-            // and again: the same answer, nothing moves
-            assert_eq!(call(&mut world, staged), answer, "{name} twice when {state}");
-            assert_eq!(world.vids(), vids, "after {name} twice when {state}");
+            let (world, staged) = in_state(state);
+            let restarted = world.restarted(&world.table.snapshot());
+            let before = World::new().restarted(&World::new().table.snapshot());
+            for (what, mut world) in [("", world), (", restarted,", restarted)] {
+                if state == "staging" && !what.is_empty() {
+                    assert_eq!(world.maps, before.maps, "what was not staged is gone");
+                    continue;
+                }
+                assert_eq!(call(&mut world, staged), answer, "{name} when {state}{what}");
+                assert_eq!(world.vids(), vids, "after {name} when {state}{what}");
+                // and again: the same answer, nothing moves
+                assert_eq!(call(&mut world, staged), answer, "{name} twice when {state}{what}");
+                assert_eq!(world.vids(), vids, "after {name} twice when {state}{what}");
+                if state == "staging" {
+                    continue;
+                }
+                let mut world = world.restarted(&world.table.snapshot());
+                assert_eq!(call(&mut world, staged), answer, "{name} when {state}, then restarted{what}");
+                assert_eq!(world.vids(), vids, "after {name} when {state}, then restarted{what}");
+            }
         }
     }
+}
+
+#[test]
+fn a_store_that_is_not_on_disk_is_found_in_the_maps_by_its_generation() {
+    let (world, staged) = in_state("staged");
+    let saved = world.table.snapshot();
+    let (mut switched, _) = in_state("switched");
+    let mut restarted = switched.restarted(&saved);
+    assert_eq!(restarted.vids(), NEW);
+    assert_eq!(restarted.switch("m", staged, BOTH, "net2").unwrap().window_ns, 7, "is not made again");
+    assert_eq!(restarted.abort("m"), Ok(true));
+    assert_eq!(restarted.vids(), OLD);
+    // a store of another generation, or of none, is not this one's
+    for word in [SwitchWord::forward(Selector::B, staged.generation + 1), SwitchWord(0)] {
+        switched.maps.switches.insert(staged.switch, word.0);
+        assert_eq!(switched.restarted(&saved).vids(), OLD);
+    }
+}
+
+#[test]
+fn indices_that_are_in_use_are_not_given_again_after_a_restart() {
+    let (world, staged) = in_state("staged");
+    let mut world = world.restarted(&world.table.snapshot());
+    let other = world.stage("other", &["jiro"], "net2", "net3").unwrap();
+    assert_ne!(other.switch, staged.switch);
+    assert!(other.generation > staged.generation);
+    let mut request = inventory();
+    request.users.push(user("saburo", 4, "net3"));
+    request.networks.push(v1::Network {
+        name: "net5".into(),
+        vid: Some(5),
+        router_address: "10.1.0.1".into(),
+        router_mac: None,
+    });
+    world.configure(&request).unwrap();
+    let distinct = |mut all: Vec<u32>| {
+        let len = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), len);
+    };
+    distinct(world.maps.macs.values().copied().collect());
+    distinct(world.maps.vids.values().map(|i| u32::from(*i)).collect());
+}
+
+#[test]
+fn a_state_that_cannot_be_is_refused_naming_what() {
+    let (world, _) = in_state("staged");
+    let good = serde_json::to_value(world.table.snapshot()).unwrap();
+    let refused = |path: &str, value: serde_json::Value| {
+        let mut bad = good.clone();
+        *bad.pointer_mut(path).unwrap() = value;
+        Table::restore(&serde_json::from_value(bad).unwrap(), 8, false).unwrap_err().to_string()
+    };
+    assert!(Table::restore(&serde_json::from_value(good.clone()).unwrap(), 8, false).is_ok());
+    for (path, value, named) in [
+        ("/users/taro/slot", 0.into(), ["`taro`", "index 0"]),
+        ("/users/taro/slot", 17.into(), ["`taro`", "index 17"]),
+        ("/users/taro/slot", good["users"]["hanako"]["slot"].clone(), ["`taro`", "another one's"]),
+        ("/users/taro/mac", good["users"]["hanako"]["mac"].clone(), ["MAC address", "02:00:00:00:01:02"]),
+        ("/users/taro/addresses", serde_json::json!([]), ["`taro`", "no address"]),
+        ("/users/taro/network", "net9".into(), ["`taro`", "`net9`"]),
+        ("/users/taro/network", "net3".into(), ["`m`", "`taro`"]),
+        ("/networks/net1/vid", 2.into(), ["VID 2", "belongs to two"]),
+        ("/networks/net1/index", 9000.into(), ["`net1`", "9000"]),
+        ("/switches/m/index", 4096.into(), ["`m`", "4096"]),
+        ("/switches/m/users/0", "kenji".into(), ["`m`", "`kenji`"]),
+    ] {
+        let error = refused(path, value);
+        for part in named {
+            assert!(error.contains(part), "{path}: {error:?} does not name {part:?}");
+        }
+    }
+    let few = Table::restore(&serde_json::from_value(good.clone()).unwrap(), 2, true);
+    assert_eq!(few.unwrap_err(), SnapshotError::Users { users: 3, limit: 2 });
+    let renumbered = Table::restore(&serde_json::from_value(good.clone()).unwrap(), 3, true);
+    assert!(renumbered.is_ok(), "slots are given anew where the maps are new");
 }
 
 #[test]
@@ -444,13 +552,13 @@ fn routers_are_learned_unless_configured() {
     let mut world = World::new();
     let r = Ipv4Addr::new(10, 1, 0, 1);
     let router = Mac([2, 0, 0, 0, 0x0a, 1]);
-    assert_eq!(world.table.unknown_routers().len(), 2, "of networks with users");
+    assert_eq!(world.table.routers(false).len(), 2, "of networks with users");
     assert_eq!(world.table.heard(9, r, router), None);
     assert_eq!(world.table.heard(1, Ipv4Addr::new(10, 1, 0, 9), router), None);
     let (index, write) = world.table.heard(1, r, router).unwrap();
     assert_eq!(write, Some(Write::NetworkRouter { index, router: Router::at(router.word()) }));
     assert_eq!(world.table.heard(1, r, router), Some((index, None)), "no news");
-    assert_eq!(world.table.unknown_routers().len(), 1);
+    assert_eq!(world.table.routers(false).len(), 1);
 
     let configured = Mac([2, 0, 0, 0, 0x0a, 9]);
     let mut request = inventory();

@@ -1,0 +1,530 @@
+//! The data path as files: programs, links and maps pinned to a BPF file system, where they outlive the daemon.
+//!
+//! ```text
+//!  pin_dir/  meta              what the directory holds (below); complete once `magic` is set
+//!            map-USER ...      the maps, by name
+//!            program-access, program-wan
+//!            link-access, link-wan     an attached program each: gone with the file, and only then
+//! ```
+//!
+//! `meta` is an array of 64-bit words whose places never change, whatever the layout of the other maps: so every version
+//! can tell that a directory is of another version, and take it down ([`remove`]).
+//!
+//! Invariants:
+//! - `magic` is stored last. A directory without it is of a start that did not get through; it is taken down and made anew.
+//! - Maps of another layout or size are refused, never reinterpreted.
+//! - What was changed at an interface is in `meta` before it is changed, so that it can be undone by whoever takes it down.
+
+use std::{
+    ffi::CString,
+    fs, io,
+    os::{
+        fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+        unix::{ffi::OsStrExt as _, fs::DirBuilderExt as _},
+    },
+    path::{Path, PathBuf},
+};
+
+use aya::maps::{Array, Map, MapData, MapError, MapInfo};
+use gateway_ebpf::{LAYOUT, LAYOUT_VERSION};
+use nix::{
+    mount::{MsFlags, mount},
+    sys::statfs::{BPF_FS_MAGIC, statfs},
+};
+
+use crate::{
+    link::{Changes, Link},
+    plane::Side,
+};
+
+/// Where BPF file systems are by convention.
+const BPFFS: &str = "/sys/fs/bpf";
+/// "HANDOVER", read as a number.
+const MAGIC: u64 = u64::from_be_bytes(*b"HANDOVER");
+/// The file of `meta`.
+const META: &str = "meta";
+/// How names of files begin that are ours to remove.
+const PREFIXES: [&str; 3] = ["map-", "program-", "link-"];
+/// Words of `meta`; more than are used.
+const WORDS: u32 = 64;
+
+/// Places in `meta`; for ever.
+#[derive(Debug, Clone, Copy)]
+enum Word {
+    Magic = 0,
+    Layout = 1,
+    MaxUsers = 2,
+    VirtualMac = 3,
+    State = 4,
+    /// Interface index, by port.
+    Interface = 8,
+    /// [`Changes`], by port.
+    Changes = 16,
+}
+
+/// Errors of pinning.
+#[derive(Debug, thiserror::Error)]
+pub enum PinError {
+    /// Mounting failed.
+    #[error(
+        "{BPFFS} is no BPF file system and none could be mounted there (needs CAP_SYS_ADMIN): `mount -t bpf bpf {BPFFS}`, \
+         or leave out `pin_dir`, and the data path ends with the daemon"
+    )]
+    Mount(#[source] io::Error),
+    /// Somewhere else.
+    #[error(
+        "pin_dir {}: {} is no BPF file system: `mount -t bpf bpf DIR` one there, or use a directory below {BPFFS}",
+        dir.display(), is.display()
+    )]
+    NotBpffs {
+        /// As configured.
+        dir: PathBuf,
+        /// The directory that exists.
+        is: PathBuf,
+    },
+    /// A file.
+    #[error("{what} {}", path.display())]
+    File {
+        /// What was done.
+        what: &'static str,
+        /// To which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// A pinned map.
+    #[error("{what} pinned map {}", path.display())]
+    Map {
+        /// What was done.
+        what: &'static str,
+        /// Which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<MapError>,
+    },
+    /// Pins of another version.
+    #[error(
+        "the data path pinned in {} has map layout {found}, this daemon has {LAYOUT_VERSION} ({:08x}): start the version \
+         that pinned it, or take it down with `handover-gateway detach` (forwarding ends until the daemon runs again; who is \
+         on which network is kept in `state_dir`)", dir.display(), LAYOUT as u32
+    )]
+    Layout {
+        /// Where.
+        dir: PathBuf,
+        /// Version and digest.
+        found: String,
+    },
+    /// A map that is not as `meta` says.
+    #[error(
+        "pinned map {} {why}: something else made it; take the data path down with `handover-gateway detach`",
+        path.display()
+    )]
+    Shape {
+        /// Which.
+        path: PathBuf,
+        /// How it differs.
+        why: String,
+    },
+    /// Pins for another number of users.
+    #[error(
+        "the data path pinned in {} has room for {found} users, but max_users = {wanted}: set max_users = {found}, or \
+         `handover-gateway detach` and start again", dir.display()
+    )]
+    MaxUsers {
+        /// Where.
+        dir: PathBuf,
+        /// Pinned.
+        found: u64,
+        /// Configured.
+        wanted: u32,
+    },
+    /// Several things went wrong while taking it down.
+    #[error("taking down {}: {}", dir.display(), failed.join("; "))]
+    Remove {
+        /// Where.
+        dir: PathBuf,
+        /// Each with its reason.
+        failed: Vec<String>,
+    },
+}
+
+/// A directory of pins.
+pub struct Pins {
+    dir: PathBuf,
+    meta: Meta,
+    adopted: bool,
+}
+
+struct Meta {
+    path: PathBuf,
+    words: Array<MapData, u64>,
+}
+
+impl Meta {
+    fn open(path: PathBuf) -> Result<Self, PinError> {
+        let failed = |what, source| PinError::Map { what, path: path.clone(), source: Box::new(source) };
+        let data = MapData::from_pin(&path).map_err(|e| failed("opening", e))?;
+        let map = Map::from_map_data(data).map_err(|e| failed("opening", e))?;
+        let words = Array::try_from(map).map_err(|e| failed("opening", e))?;
+        Ok(Self { path, words })
+    }
+
+    fn create(path: PathBuf) -> Result<Self, PinError> {
+        let failed = |what, source| PinError::Map { what, path: path.clone(), source: Box::new(source) };
+        let words = Array::<_, u64>::create(WORDS, 0).map_err(|e| failed("creating", e))?;
+        pin(&path, |path| words.pin(path))?;
+        // pinning consumes the map
+        Self::open(path)
+    }
+
+    fn get(&self, word: Word, port: u16) -> Result<u64, PinError> {
+        self.words.get(&(word as u32 + u32::from(port)), 0).map_err(|source| self.failed("reading", source))
+    }
+
+    fn set(&mut self, word: Word, port: u16, value: u64) -> Result<(), PinError> {
+        match self.words.set(word as u32 + u32::from(port), value, 0) {
+            Ok(()) => Ok(()),
+            Err(source) => Err(self.failed("writing", source)),
+        }
+    }
+
+    fn failed(&self, what: &'static str, source: MapError) -> PinError {
+        PinError::Map { what, path: self.path.clone(), source: Box::new(source) }
+    }
+}
+
+fn pin(path: &Path, pin: impl FnOnce(&Path) -> Result<(), aya::pin::PinError>) -> Result<(), PinError> {
+    pin(path).map_err(|source| PinError::File {
+        what: "pinning to",
+        path: path.into(),
+        source: io::Error::other(source),
+    })
+}
+
+impl Pins {
+    /// Opens the data path pinned in `dir`, or begins a new one.
+    ///
+    /// # Errors
+    /// [`PinError`]: no BPF file system, or pins of another layout or size, which are left as they are.
+    pub fn open(dir: &Path, max_users: u32) -> Result<Self, PinError> {
+        bpffs_for(dir)?;
+        let path = dir.join(META);
+        if path.exists() {
+            let meta = Meta::open(path)?;
+            if meta.get(Word::Magic, 0)? == MAGIC {
+                let found = meta.get(Word::Layout, 0)?;
+                if found != LAYOUT {
+                    let found = format!("{} ({:08x})", found >> 32, found as u32);
+                    return Err(PinError::Layout { dir: dir.into(), found });
+                }
+                let found = meta.get(Word::MaxUsers, 0)?;
+                if found != u64::from(max_users) {
+                    return Err(PinError::MaxUsers { dir: dir.into(), found, wanted: max_users });
+                }
+                return Ok(Self { dir: dir.into(), meta, adopted: true });
+            }
+        }
+        // what a start left that did not get through
+        remove(dir)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| PinError::File {
+            what: "making directory (a BPF file system takes no name with a dot)",
+            path: dir.into(),
+            source,
+        })?;
+        let meta = Meta::create(dir.join(META))?;
+        Ok(Self { dir: dir.into(), meta, adopted: false })
+    }
+
+    /// Whether the data path was there.
+    pub const fn adopted(&self) -> bool {
+        self.adopted
+    }
+
+    /// Where they are.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
+    /// The file of a map.
+    pub fn map(&self, name: &str) -> PathBuf {
+        self.dir.join(format!("map-{name}"))
+    }
+
+    /// The file of a program.
+    pub fn program(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("program-{}", side.name()))
+    }
+
+    /// The file of an attached program.
+    pub fn link(&self, side: Side) -> PathBuf {
+        self.dir.join(format!("link-{}", side.name()))
+    }
+
+    /// What is attached on `side`.
+    ///
+    /// # Errors
+    /// [`PinError::File`].
+    pub fn attached(&self, side: Side) -> Result<Option<Attached>, PinError> {
+        let path = self.link(side);
+        if !path.exists() {
+            return Ok(None);
+        }
+        Attached::read(&path).map(Some).map_err(|source| PinError::File {
+            what: "reading about link",
+            path,
+            source,
+        })
+    }
+
+    /// Takes a link's file away; what it had attached is detached once nobody holds it open.
+    ///
+    /// # Errors
+    /// [`PinError::File`].
+    pub fn unlink(&self, path: &Path) -> Result<(), PinError> {
+        match fs::remove_file(path) {
+            Err(source) if source.kind() != io::ErrorKind::NotFound => {
+                Err(PinError::File { what: "removing", path: path.into(), source })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The virtual router's MAC that the attached programs have.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn virtual_mac(&self) -> Result<u64, PinError> {
+        self.meta.get(Word::VirtualMac, 0)
+    }
+
+    /// Notes what is attached.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn set_virtual_mac(&mut self, mac: u64) -> Result<(), PinError> {
+        self.meta.set(Word::VirtualMac, 0, mac)
+    }
+
+    /// Which state file goes with these maps.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn state_id(&self) -> Result<u64, PinError> {
+        self.meta.get(Word::State, 0)
+    }
+
+    /// Notes which interface is on `side`, and, before they are made, changes of it that are to be undone one day.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn note_interface(&mut self, side: Side, ifindex: u32, changes: Changes) -> Result<(), PinError> {
+        let before = self.changes(side, ifindex)?;
+        if self.noted(side)?.0 != ifindex {
+            // for a moment it undoes nothing at all: not what was done elsewhere
+            self.meta.set(Word::Interface, side.port(), 0)?;
+        }
+        self.meta.set(Word::Changes, side.port(), before.union(changes).bits())?;
+        self.meta.set(Word::Interface, side.port(), ifindex.into())
+    }
+
+    /// The interface of `side` that was noted, and what is to be undone there.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn noted(&self, side: Side) -> Result<(u32, Changes), PinError> {
+        let ifindex = self.meta.get(Word::Interface, side.port())? as u32;
+        Ok((ifindex, self.changes(side, ifindex)?))
+    }
+
+    /// What is to be undone at the interface of `side`: nothing if that was another one.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    fn changes(&self, side: Side, ifindex: u32) -> Result<Changes, PinError> {
+        if self.meta.get(Word::Interface, side.port())? != u64::from(ifindex) {
+            return Ok(Changes::NONE);
+        }
+        self.meta.get(Word::Changes, side.port()).map(Changes::from_bits)
+    }
+
+    /// The data path is whole: from now on it is taken over, not made anew.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn complete(&mut self, max_users: u32, state_id: u64) -> Result<(), PinError> {
+        self.meta.set(Word::Layout, 0, LAYOUT)?;
+        self.meta.set(Word::MaxUsers, 0, max_users.into())?;
+        self.meta.set(Word::State, 0, state_id)?;
+        self.meta.set(Word::Magic, 0, MAGIC)
+    }
+
+    /// Whether a map to be taken over is the one the programs expect: pinned maps are reused by name alone.
+    ///
+    /// # Errors
+    /// [`PinError::Shape`].
+    pub fn check_shape(&self, name: &str, shape: Shape) -> Result<(), PinError> {
+        if !self.adopted {
+            return Ok(());
+        }
+        let path = self.map(name);
+        let info = MapInfo::from_pin(&path).map_err(|source| PinError::Map {
+            what: "asking about",
+            path: path.clone(),
+            source: Box::new(source),
+        })?;
+        let found = Shape {
+            key_size: info.key_size(),
+            value_size: info.value_size(),
+            max_entries: info.max_entries(),
+        };
+        if found == shape {
+            return Ok(());
+        }
+        Err(PinError::Shape { path, why: format!("has {found}, not {shape}") })
+    }
+}
+
+/// Sizes of a map.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[allow(missing_docs, reason = "as the kernel calls them")]
+pub struct Shape {
+    pub key_size: u32,
+    pub value_size: u32,
+    pub max_entries: u32,
+}
+
+impl std::fmt::Display for Shape {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} entries of {} octets by keys of {}", self.max_entries, self.value_size, self.key_size)
+    }
+}
+
+/// What a pinned link says of itself.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// Where; 0: the interface is gone.
+    pub ifindex: u32,
+    /// Digest of the program's instructions.
+    pub program_tag: u64,
+}
+
+impl Attached {
+    fn read(path: &Path) -> io::Result<Self> {
+        let link = object(path)?;
+        let text = fs::read_to_string(format!("/proc/self/fdinfo/{}", link.as_raw_fd()))?;
+        let field = |name: &str| {
+            text.lines().find_map(|line| {
+                let (key, value) = line.split_once(':')?;
+                (key == name).then(|| value.trim())
+            })
+        };
+        let missing = || io::Error::new(io::ErrorKind::InvalidData, "it is no link of an XDP program");
+        Ok(Self {
+            ifindex: field("ifindex").and_then(|v| v.parse().ok()).ok_or_else(missing)?,
+            program_tag: field("prog_tag")
+                .and_then(|v| u64::from_str_radix(v, 16).ok())
+                .ok_or_else(missing)?,
+        })
+    }
+}
+
+/// Opens a pinned object. (aya opens them too, but keeps the descriptor to itself.)
+fn object(path: &Path) -> io::Result<OwnedFd> {
+    /// linux/bpf.h: `union bpf_attr` for BPF_OBJ_GET
+    #[repr(C)]
+    struct Attr {
+        pathname: u64,
+        bpf_fd: u32,
+        file_flags: u32,
+    }
+    const BPF_OBJ_GET: libc::c_int = 7;
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let attr = Attr { pathname: path.as_ptr() as u64, bpf_fd: 0, file_flags: 0 };
+    // SAFETY: `attr` and the path in it outlive the call, which only reads them.
+    let fd = unsafe { libc::syscall(libc::SYS_bpf, BPF_OBJ_GET, &raw const attr, size_of::<Attr>()) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just given it to this process (with close-on-exec).
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
+}
+
+/// Sees that `dir` is, or can be made, on a BPF file system.
+fn bpffs_for(dir: &Path) -> Result<(), PinError> {
+    let is = dir.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
+    let on_bpffs = |path: &Path| statfs(path).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
+    if on_bpffs(is) {
+        return Ok(());
+    }
+    if !dir.starts_with(BPFFS) {
+        return Err(PinError::NotBpffs { dir: dir.into(), is: is.into() });
+    }
+    let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
+    mount(Some("bpf"), BPFFS, Some("bpf"), flags, Some("mode=0700"))
+        .map_err(|e| PinError::Mount(e.into()))?;
+    tracing::info!("BPF file system mounted at {BPFFS}");
+    Ok(())
+}
+
+/// Takes down the data path pinned in `dir`, of whatever version: detaches the programs, undoes what was changed at
+/// interfaces. Goes on after a failure. Returns whether there was anything.
+///
+/// # Errors
+/// [`PinError::Remove`] with all that failed.
+pub fn remove(dir: &Path) -> Result<bool, PinError> {
+    let mut failed = Vec::new();
+    let mut note = |what: String, error: &dyn std::error::Error| failed.push(format!("{what}: {error}"));
+    let entries = match fs::read_dir(dir) {
+        Ok(entries) => entries,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(source) => return Err(PinError::File { what: "listing", path: dir.into(), source }),
+    };
+    let mut ours: Vec<PathBuf> = entries
+        .filter_map(|entry| entry.ok())
+        .filter(|entry| PREFIXES.iter().any(|p| entry.file_name().as_bytes().starts_with(p.as_bytes())))
+        .map(|entry| entry.path())
+        .collect();
+    // links first: detached before anything else goes
+    ours.sort_by_key(|path| !path.file_name().is_some_and(|n| n.as_bytes().starts_with(b"link-")));
+    for path in &ours {
+        if let Err(error) = fs::remove_file(path) {
+            note(path.display().to_string(), &error);
+        }
+    }
+    let meta = dir.join(META);
+    let had_meta = meta.exists();
+    if had_meta {
+        match Meta::open(meta.clone()) {
+            Ok(meta) => {
+                for side in [Side::Access, Side::Wan] {
+                    let port = side.port();
+                    let words = meta.get(Word::Interface, port).and_then(|interface| {
+                        Ok((interface as u32, Changes::from_bits(meta.get(Word::Changes, port)?)))
+                    });
+                    match words {
+                        Ok((ifindex, changes)) if changes != Changes::NONE => {
+                            if let Err(error) = Link::undo(ifindex, changes) {
+                                note(format!("{} interface {ifindex}", side.name()), &error);
+                            }
+                        }
+                        Ok(_) => {}
+                        Err(error) => note(format!("{} interface", side.name()), &error),
+                    }
+                }
+            }
+            Err(error) => note(meta.display().to_string(), &error),
+        }
+        if let Err(error) = fs::remove_file(&meta) {
+            note(meta.display().to_string(), &error);
+        }
+    }
+    // somebody else's files may be in it
+    let _ = fs::remove_dir(dir);
+    if failed.is_empty() {
+        Ok(had_meta || !ours.is_empty())
+    } else {
+        Err(PinError::Remove { dir: dir.into(), failed })
+    }
+}

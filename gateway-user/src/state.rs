@@ -1,0 +1,215 @@
+//! Who is where, on disk: one JSON file, written whole and put in place by a rename, each time fsynced (the file, then the
+//! directory), so that after a crash it is the old one or the new one.
+//!
+//! It is written before the maps are changed, with one exception: a switch, which is one store in the maps and must not wait
+//! for a disk. The maps outlive the daemon, so the next one finds the store there (`Table::adopt`); the file follows at once.
+//! Only a machine that loses power in between comes back with that switch staged and not made, and with empty maps.
+//!
+//! The file and the pinned maps carry the same `id`. A lock keeps a second daemon, or a `detach`, out while one is running.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::{Flock, FlockArg};
+use serde::{Deserialize, Serialize};
+
+use crate::table::Snapshot;
+
+/// Version of the file.
+const FORMAT: u32 = 1;
+
+/// Errors of the state directory.
+#[derive(Debug, thiserror::Error)]
+pub enum StateError {
+    /// A file.
+    #[error("{what} {}", path.display())]
+    File {
+        /// What was done.
+        what: &'static str,
+        /// To which.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
+    /// Somebody has it.
+    #[error(
+        "{} is locked: a handover-gateway of this name is running; stop it first, or give another `state_dir`",
+        .0.display()
+    )]
+    Locked(PathBuf),
+    /// Not what it should be.
+    #[error(
+        "state file {} is damaged; put a backup in its place, or remove it and `handover-gateway detach`: the controller \
+         then tells anew who is where", path.display()
+    )]
+    Damaged {
+        /// Which.
+        path: PathBuf,
+        /// Where and why.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Another version's.
+    #[error("state file {} has format {found}, this daemon reads {FORMAT}: start the version that wrote it", path.display())]
+    Format {
+        /// Which.
+        path: PathBuf,
+        /// Its format.
+        found: u32,
+    },
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Saved<T> {
+    format: u32,
+    id: String,
+    table: T,
+}
+
+/// The format alone, of a file of any version.
+#[derive(Deserialize)]
+struct AnyFormat {
+    format: u32,
+}
+
+/// The state directory, locked.
+#[derive(Debug)]
+pub struct Store {
+    file: PathBuf,
+    dir: PathBuf,
+    id: u64,
+    _lock: Flock<File>,
+}
+
+impl Store {
+    /// Locks `dir`, which is made if it is not there, and reads what was saved.
+    ///
+    /// # Errors
+    /// [`StateError`].
+    pub fn open(dir: &Path) -> Result<(Self, Option<Snapshot>), StateError> {
+        let failed = |what, path: &Path, source| StateError::File { what, path: path.into(), source };
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|e| failed("making state directory", dir, e))?;
+        let lock = dir.join("lock");
+        let opened = fs::OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .mode(0o600)
+            .open(&lock)
+            .map_err(|e| failed("opening", &lock, e))?;
+        let held = Flock::lock(opened, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| match e {
+            nix::errno::Errno::EWOULDBLOCK => StateError::Locked(lock.clone()),
+            e => failed("locking", &lock, e.into()),
+        })?;
+
+        let mut store = Self { file: dir.join("table.json"), dir: dir.into(), id: 0, _lock: held };
+        let text = match fs::read(&store.file) {
+            Ok(text) => text,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((store, None)),
+            Err(e) => return Err(failed("reading", &store.file, e)),
+        };
+        let damaged = |source| StateError::Damaged { path: store.file.clone(), source };
+        let AnyFormat { format } = serde_json::from_slice(&text).map_err(damaged)?;
+        if format != FORMAT {
+            return Err(StateError::Format { path: store.file, found: format });
+        }
+        let saved: Saved<Snapshot> = serde_json::from_slice(&text).map_err(damaged)?;
+        let id = u64::from_str_radix(&saved.id, 16)
+            .map_err(|e| damaged(serde::de::Error::custom(format!("id `{}`: {e}", saved.id))))?;
+        store.id = id;
+        Ok((store, Some(saved.table)))
+    }
+
+    /// What the file has in common with its maps; 0: nothing saved yet.
+    pub const fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// From now on it goes with other maps.
+    ///
+    /// # Errors
+    /// [`StateError::File`].
+    pub fn renew_id(&mut self) -> Result<(), StateError> {
+        const PATH: &str = "/proc/sys/kernel/random/uuid";
+        let failed = |source| StateError::File { what: "reading", path: PATH.into(), source };
+        let uuid = fs::read_to_string(PATH).map_err(failed)?;
+        let digits: String = uuid.chars().filter(char::is_ascii_hexdigit).take(16).collect();
+        self.id = u64::from_str_radix(&digits, 16)
+            .map_err(|e| failed(io::Error::new(io::ErrorKind::InvalidData, e)))?;
+        Ok(())
+    }
+
+    /// Puts `snapshot` on disk; when this returns it is there.
+    ///
+    /// # Errors
+    /// [`StateError::File`]; the old one is still there then.
+    pub fn save(&self, snapshot: &Snapshot) -> Result<(), StateError> {
+        let new = self.dir.join("table.json.new");
+        let failed = |what, path: &Path| {
+            let path = path.to_path_buf();
+            move |source| StateError::File { what, path, source }
+        };
+        let saved = Saved { format: FORMAT, id: format!("{:016x}", self.id), table: snapshot };
+        let mut file = fs::OpenOptions::new()
+            .create(true)
+            .truncate(true)
+            .write(true)
+            .mode(0o600)
+            .open(&new)
+            .map_err(failed("opening", &new))?;
+        let text = serde_json::to_vec(&saved).map_err(|e| failed("writing", &new)(e.into()))?;
+        file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed("writing", &new))?;
+        fs::rename(&new, &self.file).map_err(failed("renaming to", &self.file))?;
+        File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed("syncing", &self.dir))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends there")]
+
+    use super::*;
+
+    #[test]
+    fn what_was_saved_comes_back_and_one_at_a_time_has_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, found) = Store::open(dir.path()).unwrap();
+        assert_eq!((found, store.id()), (None, 0));
+        store.renew_id().unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Locked(_))));
+        let id = store.id();
+        drop(store);
+        let (store, found) = Store::open(dir.path()).unwrap();
+        assert_eq!((found, store.id()), (Some(Snapshot::default()), id));
+    }
+
+    #[test]
+    fn a_half_written_new_file_changes_nothing_and_a_damaged_one_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        drop(store);
+        fs::write(dir.path().join("table.json.new"), "{\"form").unwrap();
+        assert!(Store::open(dir.path()).unwrap().1.is_some());
+        let file = dir.path().join("table.json");
+        let good = fs::read_to_string(&file).unwrap();
+        for bad in [&good[..good.len() / 2], "", "[]", &good.replace("revision", "revisoin")] {
+            fs::write(&file, bad).unwrap();
+            let error = Store::open(dir.path()).unwrap_err();
+            assert!(matches!(error, StateError::Damaged { .. }), "{bad}: {error}");
+        }
+        fs::write(&file, "{\"format\": 2, \"rest\": []}").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 2, .. })));
+    }
+}

@@ -1,0 +1,396 @@
+//! The table as it is kept on disk, and how it comes back from there: validated, because a file may be anybody's, and
+//! reconciled with what the maps say, because they are what frames were decided by while no daemon was there.
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    net::Ipv4Addr,
+    sync::Arc,
+};
+
+use gateway_ebpf::{Link, NETWORKS, Network, Router, SWITCHES, SwitchWord, User, UserWord, words::Selector};
+use serde::{Deserialize, Serialize};
+
+use super::{
+    ACCESS_PORT, Ended, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table, UserSpec,
+    UserState, WAN_PORT, Write, slots_for,
+};
+use crate::mac::Mac;
+
+/// Everything that outlives the daemon. Indices that are free are not in it: those that are not used are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Snapshot {
+    revision: u64,
+    generation: u64,
+    networks: BTreeMap<String, NetworkRecord>,
+    users: BTreeMap<String, UserRecord>,
+    switches: BTreeMap<String, SwitchRecord>,
+    /// Oldest first.
+    past: Vec<PastRecord>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct NetworkRecord {
+    index: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    vid: Option<u16>,
+    address: Ipv4Addr,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    router_mac: Option<Mac>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    learned: Option<Mac>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct UserRecord {
+    slot: u32,
+    mac: Mac,
+    addresses: Vec<Ipv4Addr>,
+    network: String,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct SwitchRecord {
+    index: u16,
+    generation: u64,
+    from: String,
+    to: String,
+    users: Vec<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    switched: Option<SwitchAnswer>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct PastRecord {
+    migration: String,
+    ended: EndedRecord,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "snake_case")]
+enum EndedRecord {
+    Aborted { was_switched: bool },
+    Finished { index: u16, generation: u64, answer: SwitchAnswer },
+}
+
+/// Why a snapshot cannot be the state of a table.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs, reason = "the fields are what the message names")]
+pub enum SnapshotError {
+    /// More users than configured for.
+    #[error("it has {users} users, but max_users = {limit}: raise `max_users`")]
+    Users { users: usize, limit: u32 },
+    /// An index out of range or of two owners.
+    #[error("{what} `{name}`: index {index} is out of range or another one's")]
+    Index { what: &'static str, name: String, index: u32 },
+    /// Something that is not in it.
+    #[error("{what} `{name}` names {of} `{missing}`, which is not in it")]
+    Missing { what: &'static str, name: String, of: &'static str, missing: String },
+    /// A value of two owners.
+    #[error("{what} {value} belongs to two, one of them `{name}`")]
+    Twice { what: &'static str, value: String, name: String },
+    /// A switch whose user is elsewhere or in another.
+    #[error(
+        "migration `{migration}`: user `{user}` is on another network than it turns away from, or in two switches"
+    )]
+    Staged { migration: String, user: String },
+    /// A user without an address.
+    #[error("user `{0}` has no address")]
+    NoAddress(String),
+}
+
+/// Takes each index at most once.
+struct Used {
+    what: &'static str,
+    end: u32,
+    seen: HashSet<u32>,
+}
+
+impl Used {
+    fn new(what: &'static str, end: u32) -> Self {
+        Self { what, end, seen: HashSet::new() }
+    }
+
+    fn take(&mut self, index: u32, name: &str) -> Result<(), SnapshotError> {
+        if (1..self.end).contains(&index) && self.seen.insert(index) {
+            return Ok(());
+        }
+        Err(SnapshotError::Index { what: self.what, name: name.into(), index })
+    }
+
+    /// Those that are not used are free: between two daemons there is a grace period.
+    fn indices(self) -> Indices {
+        let next = self.seen.iter().max().map_or(1, |last| last + 1);
+        let free = (1..next).rev().filter(|index| !self.seen.contains(index)).collect();
+        Indices { next, end: self.end, free }
+    }
+}
+
+impl Table {
+    /// Everything that outlives the daemon. A migration that is being staged is not in it: nothing of it is in the maps.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            revision: self.revision,
+            generation: self.generation,
+            networks: self
+                .networks
+                .iter()
+                .map(|(name, n)| {
+                    let record = NetworkRecord {
+                        index: n.index,
+                        vid: n.spec.vid,
+                        address: n.spec.address,
+                        router_mac: n.spec.router_mac,
+                        learned: n.learned,
+                    };
+                    (name.to_string(), record)
+                })
+                .collect(),
+            users: self
+                .users
+                .iter()
+                .map(|(name, u)| {
+                    let record = UserRecord {
+                        slot: u.slot,
+                        mac: u.spec.mac,
+                        addresses: u.spec.addresses.clone(),
+                        network: u.network.to_string(),
+                    };
+                    (name.to_string(), record)
+                })
+                .collect(),
+            switches: self
+                .switches
+                .iter()
+                .filter_map(|(migration, s)| {
+                    let switched = match s.state {
+                        State::Staging => return None,
+                        State::Staged => None,
+                        State::Switched(answer) => Some(answer),
+                    };
+                    let record = SwitchRecord {
+                        index: s.index,
+                        generation: s.generation,
+                        from: s.from.to_string(),
+                        to: s.to.to_string(),
+                        users: s.users.iter().map(ToString::to_string).collect(),
+                        switched,
+                    };
+                    Some((migration.to_string(), record))
+                })
+                .collect(),
+            past: self
+                .past_order
+                .iter()
+                .filter_map(|migration| {
+                    let ended = match *self.past.get(migration)? {
+                        Ended::Aborted { was_switched } => EndedRecord::Aborted { was_switched },
+                        Ended::Finished { index, generation, answer } => {
+                            EndedRecord::Finished { index, generation, answer }
+                        }
+                    };
+                    Some(PastRecord { migration: migration.to_string(), ended })
+                })
+                .collect(),
+        }
+    }
+
+    /// The table that gave `snapshot`. With `renumber` (maps that are empty) the users' slots are given anew, so that it
+    /// fits another number of users.
+    ///
+    /// # Errors
+    /// [`SnapshotError`]; then the file was not made by this daemon, or was changed since.
+    pub fn restore(snapshot: &Snapshot, max_users: u32, renumber: bool) -> Result<Self, SnapshotError> {
+        if snapshot.users.len() > max_users as usize {
+            return Err(SnapshotError::Users { users: snapshot.users.len(), limit: max_users });
+        }
+        let mut table = Self::new(max_users);
+        table.revision = snapshot.revision;
+        table.generation = snapshot.generation;
+
+        let mut used = Used::new("network", NETWORKS);
+        let mut vids = HashSet::new();
+        for (name, n) in &snapshot.networks {
+            used.take(n.index.into(), name)?;
+            if !vids.insert(n.vid) {
+                let value = n.vid.map_or_else(|| "none".into(), |vid| vid.to_string());
+                return Err(SnapshotError::Twice { what: "VID", value, name: name.clone() });
+            }
+            let spec = NetworkSpec { vid: n.vid, address: n.address, router_mac: n.router_mac };
+            let state = NetworkState { index: n.index, spec, learned: n.learned };
+            table.networks.insert(name.as_str().into(), state);
+        }
+        table.network_indices = used.indices();
+
+        let mut used = Used::new("user", slots_for(max_users));
+        let (mut macs, mut addresses) = (HashSet::new(), HashSet::new());
+        for (number, (name, u)) in (1..).zip(&snapshot.users) {
+            let slot = if renumber { number } else { u.slot };
+            used.take(slot, name)?;
+            let twice = |what, value| SnapshotError::Twice { what, value, name: name.clone() };
+            if !macs.insert(u.mac) {
+                return Err(twice("MAC address", u.mac.to_string()));
+            }
+            if let Some(address) = u.addresses.iter().find(|a| !addresses.insert(**a)) {
+                return Err(twice("IPv4 address", address.to_string()));
+            }
+            if u.addresses.is_empty() {
+                return Err(SnapshotError::NoAddress(name.clone()));
+            }
+            let network = table.known_network("user", name, &u.network)?;
+            let spec = UserSpec { mac: u.mac, addresses: u.addresses.clone() };
+            table.users.insert(name.as_str().into(), UserState { slot, spec, network, staged_by: None });
+        }
+        table.slots = used.indices();
+
+        let mut used = Used::new("migration", SWITCHES);
+        for (migration, s) in &snapshot.switches {
+            used.take(s.index.into(), migration)?;
+            let from = table.known_network("migration", migration, &s.from)?;
+            let to = table.known_network("migration", migration, &s.to)?;
+            let migration: Arc<str> = migration.as_str().into();
+            let mut users = Vec::with_capacity(s.users.len());
+            for name in &s.users {
+                let Some((name, _)) = table.users.get_key_value(name.as_str()) else {
+                    return Err(SnapshotError::Missing {
+                        what: "migration",
+                        name: migration.to_string(),
+                        of: "user",
+                        missing: name.clone(),
+                    });
+                };
+                let name = Arc::clone(name);
+                match table.users.get_mut(&name) {
+                    Some(user) if user.staged_by.is_none() && user.network == from => {
+                        user.staged_by = Some(Arc::clone(&migration));
+                    }
+                    _ => {
+                        let (migration, user) = (migration.to_string(), name.to_string());
+                        return Err(SnapshotError::Staged { migration, user });
+                    }
+                }
+                users.push(name);
+            }
+            users.sort_unstable();
+            let state = s.switched.map_or(State::Staged, State::Switched);
+            let switch = Switch { index: s.index, generation: s.generation, from, to, users, state };
+            table.generation = table.generation.max(s.generation);
+            table.switches.insert(migration, switch);
+        }
+        table.switch_indices = used.indices();
+
+        for past in &snapshot.past {
+            let ended = match past.ended {
+                EndedRecord::Aborted { was_switched } => Ended::Aborted { was_switched },
+                EndedRecord::Finished { index, generation, answer } => {
+                    Ended::Finished { index, generation, answer }
+                }
+            };
+            table.remember(&past.migration, ended);
+        }
+        Ok(table)
+    }
+
+    fn known_network(
+        &self,
+        what: &'static str,
+        name: &str,
+        network: &str,
+    ) -> Result<Arc<str>, SnapshotError> {
+        match self.networks.get_key_value(network) {
+            Some((network, _)) => Ok(Arc::clone(network)),
+            None => Err(SnapshotError::Missing {
+                what,
+                name: name.into(),
+                of: "network",
+                missing: network.into(),
+            }),
+        }
+    }
+
+    /// Takes over from the maps what happened after the last snapshot: stores of switches, told by their generation, and
+    /// routers that were heard. Answers with the migrations that turn out to be switched.
+    pub fn adopt(
+        &mut self,
+        switch: impl Fn(u16) -> (SwitchWord, SwitchAnswer),
+        network: impl Fn(u16) -> Network,
+    ) -> Vec<Arc<str>> {
+        let mut found = Vec::new();
+        for (migration, s) in &mut self.switches {
+            let (word, answer) = switch(s.index);
+            let made = word.selector() == Selector::B
+                && word.same_generation(SwitchWord::forward(Selector::B, s.generation));
+            if made && s.state == State::Staged {
+                s.state = State::Switched(answer);
+                found.push(Arc::clone(migration));
+            }
+        }
+        for n in self.networks.values_mut() {
+            let words = network(n.index);
+            let same =
+                words.link == n.link().0 && words.address == u64::from(Write::address_word(n.spec.address));
+            if same
+                && n.spec.router_mac.is_none()
+                && let Some(mac) = Router(words.router).mac()
+            {
+                n.learned = Some(Mac::from_word(mac));
+            }
+        }
+        found
+    }
+
+    /// All that the maps have to hold, in an order that is safe while frames flow.
+    pub fn contents(&self) -> Vec<Write> {
+        let mut writes = Vec::new();
+        for n in self.networks.values() {
+            let index = n.index;
+            writes.push(Write::NetworkRouter { index, router: n.router_word() });
+            writes.push(Write::NetworkAddress { index, address: n.spec.address });
+            writes.push(Write::NetworkLink { index, link: n.link() });
+            writes.push(Write::Vid { vid: n.spec.vid.unwrap_or(0), index });
+        }
+        for s in self.switches.values() {
+            let selector = match s.state {
+                State::Staging => continue,
+                State::Staged => Selector::A,
+                State::Switched(_) => Selector::B,
+            };
+            writes.push(Write::Switch { index: s.index, word: SwitchWord::forward(selector, s.generation) });
+        }
+        for u in self.users.values() {
+            let slot = u.slot;
+            let staged = u.staged_by.as_ref().and_then(|by| self.switches.get(by));
+            let word = match staged {
+                Some(s) if s.state != State::Staging => UserWord::staged(
+                    self.networks[&s.from].index,
+                    self.networks[&s.to].index,
+                    s.index,
+                    s.generation,
+                ),
+                _ => UserWord::resting(self.networks[&u.network].index),
+            };
+            writes.push(Write::UserWord { slot, word });
+            let identity = User::identity(u.spec.mac.word(), ACCESS_PORT);
+            writes.push(Write::UserIdentity { slot, identity });
+            writes.push(Write::AddMac { mac: u.spec.mac, port: ACCESS_PORT, slot });
+            writes.extend(u.spec.addresses.iter().map(|&address| Write::AddAddress { address, slot }));
+        }
+        writes
+    }
+}
+
+impl NetworkState {
+    const fn link(&self) -> Link {
+        Link::new(
+            match self.spec.vid {
+                Some(vid) => vid,
+                None => 0,
+            },
+            WAN_PORT,
+        )
+    }
+}

@@ -16,7 +16,7 @@
 //!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
-//! - [`service`]: the gRPC service that ties them together.
+//! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
 pub mod config;
 pub mod desired;
@@ -29,5 +29,6 @@ pub mod oracle;
 pub mod pins;
 pub mod plane;
 pub mod service;
+pub mod socket;
 pub mod state;
 pub mod table;

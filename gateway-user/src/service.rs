@@ -19,7 +19,7 @@ use std::{
 };
 
 use handover_api::{
-    tls::{Role, require_role},
+    tls::{Peer, Role, require_role},
     v1::{self, finding::Severity, gateway_server},
 };
 use tokio::task::JoinSet;
@@ -100,6 +100,7 @@ struct Inner {
     name: String,
     boot_id: String,
     virtual_router_mac: Mac,
+    pin_dir: Option<PathBuf>,
     access: Link,
     wan: Link,
     wan_mac: Mac,
@@ -149,6 +150,7 @@ impl Gateway {
             name: config.name.clone(),
             boot_id: boot_id.trim().into(),
             virtual_router_mac: config.virtual_router_mac,
+            pin_dir: config.pin_dir.clone(),
             access,
             wan,
             wan_mac,
@@ -618,6 +620,8 @@ impl Refusal {
 }
 
 const CONTROLLER: &[Role] = &[Role::Controller];
+/// Who may see the status; a gateway only its own.
+const MAY_LOOK: &[Role] = &[Role::Controller, Role::Operator, Role::Viewer, Role::Gateway];
 
 #[tonic::async_trait]
 impl gateway_server::Gateway for Gateway {
@@ -670,7 +674,15 @@ impl gateway_server::Gateway for Gateway {
         &self,
         request: Request<v1::GatewayStatusRequest>,
     ) -> Result<Response<v1::GatewayStatus>, Status> {
-        require_role(&request, CONTROLLER)?;
+        let caller = require_role(&request, MAY_LOOK)?;
+        if let Peer::Remote { role: Role::Gateway, name } = &caller
+            && *name != self.0.name
+        {
+            return Err(Status::permission_denied(format!(
+                "{caller} may not ask gateway {} about its users",
+                self.0.name
+            )));
+        }
         let core = self.core();
         let interface = |side: Side, link: &Link| v1::InterfaceStatus {
             role: side.name().into(),
@@ -688,20 +700,22 @@ impl gateway_server::Gateway for Gateway {
             networks: core
                 .table
                 .networks()
-                .map(|(name, vid, router)| v1::NetworkStatus {
+                .map(|(name, spec, router)| v1::NetworkStatus {
                     name: name.into(),
-                    vid: vid.map(Into::into),
+                    vid: spec.vid.map(Into::into),
                     router_mac: router.map(|mac| mac.to_string()).unwrap_or_default(),
+                    router_address: spec.address.to_string(),
                 })
                 .collect(),
             users: core
                 .table
                 .users()
-                .map(|(name, mac, network, staged_by)| v1::UserStatus {
-                    name: name.into(),
-                    mac: mac.to_string(),
-                    network: network.into(),
-                    staged_by: staged_by.unwrap_or_default().into(),
+                .map(|user| v1::UserStatus {
+                    name: user.name.into(),
+                    mac: user.spec.mac.to_string(),
+                    network: user.network.into(),
+                    staged_by: user.staged_by.unwrap_or_default().into(),
+                    addresses: user.spec.addresses.iter().map(ToString::to_string).collect(),
                 })
                 .collect(),
             switches: core
@@ -715,12 +729,14 @@ impl gateway_server::Gateway for Gateway {
                     from_network: s.from.into(),
                     to_network: s.to.into(),
                     users: s.users as u32,
+                    window_ns: s.window_ns,
                 })
                 .collect(),
             counters: counters
                 .into_iter()
                 .map(|(outcome, frames)| v1::Counter { name: outcome.name().into(), frames })
                 .collect(),
+            pin_dir: self.0.pin_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
         }))
     }
 

@@ -247,6 +247,21 @@ pub struct SwitchView<'a> {
     pub to: &'a str,
     /// How many users.
     pub users: usize,
+    /// The window of its store, if that was made.
+    pub window_ns: Option<u64>,
+}
+
+/// A user as `Status` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserView<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// What is known of the user.
+    pub spec: &'a UserSpec,
+    /// The network the user's frames go to now.
+    pub network: &'a str,
+    /// The migration the user is staged by.
+    pub staged_by: Option<&'a str>,
 }
 
 /// Numbers from 1 up, some given back.
@@ -856,20 +871,20 @@ impl Table {
             .collect()
     }
 
-    /// Name, VID and router MAC of each network.
-    pub fn networks(&self) -> impl Iterator<Item = (&str, Option<u16>, Option<Mac>)> {
-        self.networks.iter().map(|(name, n)| (&**name, n.spec.vid, n.router()))
+    /// Name, what is known, and router MAC, configured or learned, of each network.
+    pub fn networks(&self) -> impl Iterator<Item = (&str, &NetworkSpec, Option<Mac>)> {
+        self.networks.iter().map(|(name, n)| (&**name, &n.spec, n.router()))
     }
 
-    /// Name, MAC, network now, and staging migration of each user.
-    pub fn users(&self) -> impl Iterator<Item = (&str, Mac, &str, Option<&str>)> {
+    /// The users.
+    pub fn users(&self) -> impl Iterator<Item = UserView<'_>> {
         self.users.iter().map(|(name, user)| {
             let switched = user.staged_by.as_ref().and_then(|by| self.switches.get(by));
             let network = match switched {
                 Some(Switch { state: State::Switched(_), to, .. }) => to,
                 _ => &user.network,
             };
-            (&**name, user.spec.mac, &**network, user.staged_by.as_deref())
+            UserView { name, spec: &user.spec, network, staged_by: user.staged_by.as_deref() }
         })
     }
 
@@ -887,6 +902,10 @@ impl Table {
             from: &s.from,
             to: &s.to,
             users: s.users.len(),
+            window_ns: match s.state {
+                State::Switched(answer) => Some(answer.window_ns),
+                State::Staging | State::Staged => None,
+            },
         })
     }
 }

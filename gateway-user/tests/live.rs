@@ -18,7 +18,7 @@ use std::{
     net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
@@ -918,4 +918,105 @@ fn what_cannot_be_taken_over_is_refused_and_detach_takes_everything_down() {
     assert!(error.contains("no BPF file system"), "{error}");
     fs::write(lab.config(), &config).unwrap();
     assert_eq!(lab.detach().0, 0);
+}
+
+#[test]
+fn the_gateway_says_what_it_is_doing() {
+    let lab = Lab::new();
+    let config = fs::read_to_string(lab.config()).unwrap();
+    let socket = lab.dir.path().join("run/gateway.sock");
+    let local = config.replace("[tls]", &format!("socket = \"{}\"\n[tls]", socket.display()));
+    let ask = |verb: &[&str]| {
+        let output = lab.daemon(&lab.config()).args(verb).output().unwrap();
+        let (out, error) = (output.stdout, String::from_utf8(output.stderr).unwrap());
+        (output.status.code().unwrap(), String::from_utf8(out).unwrap(), error)
+    };
+    let json = |what| -> serde_json::Value {
+        let (code, out, error) = ask(&[what, "-o", "json"]);
+        assert_eq!(code, 0, "{error}");
+        serde_json::from_str(&out).unwrap()
+    };
+
+    // nobody there, both ways
+    let (code, _, error) = ask(&["status"]);
+    assert!(code == 1 && error.contains("start the daemon"), "{code}: {error}");
+    fs::write(lab.config(), &local).unwrap();
+    let (code, _, error) = ask(&["status"]);
+    assert!(code == 1 && error.contains("gateway.sock") && error.contains("start the daemon"), "{error}");
+
+    let _wire = Wire::new(&lab.router);
+    let daemon = lab.start();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
+    assert!(ask(&["status"]).1.contains("never configured"));
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    assert!(lab.echo());
+    // over the socket, then over TLS with the gateway's own certificate
+    for config in [&local, &config] {
+        fs::write(lab.config(), config).unwrap();
+        let status = json("status");
+        assert_eq!((&status["name"], &status["revision"]), (&"gw".into(), &1.into()), "{status}");
+        assert_eq!(status["interfaces"][0]["attach_mode"], "native");
+        assert_eq!(status["pin_dir"], serde_json::Value::Null);
+        assert!(status["counters"]["wan_forwarded"].as_u64().unwrap() > 0, "{status}");
+        assert_eq!(
+            json("users"),
+            serde_json::json!([{"name": "taro", "mac": TARO.to_string(), "addresses": ["10.1.0.100"],
+                "network": "flat", "staged_by": null}])
+        );
+        let networks = json("networks");
+        assert_eq!((&networks[1]["name"], &networks[1]["vid"]), (&"net2".into(), &2.into()), "{networks}");
+        assert_eq!((&networks[0]["vid"], &networks[0]["router_address"]), (&().into(), &"10.1.0.1".into()));
+        assert_eq!(json("switches"), serde_json::json!([]));
+    }
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap().into_inner());
+    assert_eq!(
+        (&json("switches")[0]["state"], &json("switches")[0]["window_ns"]),
+        (&"staged".into(), &().into())
+    );
+    let request = switch_of(&staged, "m1");
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    assert!(json("switches")[0]["window_ns"].is_u64());
+    assert_eq!(
+        (&json("users")[0]["network"], &json("users")[0]["staged_by"]),
+        (&"net2".into(), &"m1".into())
+    );
+    for (verb, shown) in [
+        ("status", "wan_forwarded"),
+        ("users", "10.1.0.100"),
+        ("networks", "untagged"),
+        ("switches", "switched"),
+    ] {
+        let (code, table, _) = ask(&[verb]);
+        assert!(code == 0 && table.contains(shown), "{table}");
+        println!("{table}\n");
+    }
+    // whoever may look may do nothing else, and another gateway may not even look
+    fs::write(lab.config(), &local).unwrap();
+    let answers = lab.gateway.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            issue(lab.dir.path(), lab.dir.path(), Role::Gateway, "other").unwrap();
+            issue(lab.dir.path(), lab.dir.path(), Role::Viewer, "v").unwrap();
+            let mut answers = Vec::new();
+            for holder in ["gateway-other", "gateway-gw", "viewer-v"] {
+                let file = |kind: &str| lab.dir.path().join(format!("{holder}.{kind}"));
+                let ca = lab.dir.path().join("ca.pem");
+                let files = handover_api::tls::TlsFiles { ca, cert: file("pem"), key: file("key") };
+                let tls = Tls::load(&files).unwrap();
+                let channel = tls.connect(Role::Gateway, "gw", "127.0.0.1:7443").await.unwrap();
+                let mut client = GatewayClient::new(channel);
+                let looked = client.status(v1::GatewayStatusRequest {}).await.map(|_| ());
+                let abort = v1::AbortSwitchRequest { migration: "m1".into() };
+                let did = client.abort(abort).await.map(|_| ());
+                answers.push((looked.err().map(|s| s.code()), did.err().map(|s| s.code())));
+            }
+            answers
+        })
+    });
+    let denied = Some(Code::PermissionDenied);
+    assert_eq!(answers, [(denied, denied), (None, denied), (None, denied)]);
+
+    let (code, log) = daemon.stop();
+    assert_eq!(code, 0, "{log}");
+    assert!(!socket.exists());
 }

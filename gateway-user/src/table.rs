@@ -41,6 +41,7 @@ use gateway_ebpf::{
 
 use crate::{
     desired::{Desired, NetworkSpec, UserSpec},
+    groups::{Hearers, HearersByVid},
     mac::Mac,
 };
 
@@ -342,6 +343,8 @@ pub struct Table {
     max_users: u32,
     revision: u64,
     generation: u64,
+    /// Counts changes of who hears which network.
+    hearing: u64,
     networks: BTreeMap<Arc<str>, NetworkState>,
     users: BTreeMap<Arc<str>, UserState>,
     switches: BTreeMap<Arc<str>, Switch>,
@@ -364,6 +367,7 @@ impl Table {
             max_users,
             revision: 0,
             generation: 0,
+            hearing: 0,
             networks: BTreeMap::new(),
             users: BTreeMap::new(),
             switches: BTreeMap::new(),
@@ -396,6 +400,7 @@ impl Table {
 
         let mut next = self.clone();
         next.revision = desired.revision;
+        next.hearing += 1;
         let mut retired = Retired::default();
         // first everything that takes something away, so that nothing is given twice on the way
         let mut removals = Vec::new();
@@ -738,6 +743,7 @@ impl Table {
     pub fn switched(&mut self, migration: &str, answer: SwitchAnswer) {
         if let Some(switch) = self.switches.get_mut(migration) {
             switch.state = State::Switched(answer);
+            self.hearing += 1;
         }
     }
 
@@ -812,6 +818,7 @@ impl Table {
     }
 
     fn release(&mut self, switch: &Switch) {
+        self.hearing += 1;
         for name in &switch.users {
             if let Some(user) = self.users.get_mut(name) {
                 user.staged_by = None;
@@ -849,6 +856,7 @@ impl Table {
         let news = network.spec.router_mac.is_none() && network.learned != Some(mac);
         if news {
             network.learned = Some(mac);
+            self.hearing += 1;
         }
         let (index, router) = (network.index, network.router_word());
         Some((index, news.then_some(Write::NetworkRouter { index, router })))
@@ -874,6 +882,36 @@ impl Table {
     /// Name, what is known, and router MAC, configured or learned, of each network.
     pub fn networks(&self) -> impl Iterator<Item = (&str, &NetworkSpec, Option<Mac>)> {
         self.networks.iter().map(|(name, n)| (&**name, &n.spec, n.router()))
+    }
+
+    /// Changes whenever [`Table::hearers`] may.
+    pub const fn hearing(&self) -> u64 {
+        self.hearing
+    }
+
+    /// Who hears which network, as the `wan` program has it: the users who are on it, and those who have been switched away
+    /// from it and are not finished.
+    pub fn hearers(&self) -> HearersByVid {
+        let mut all = HearersByVid::new();
+        for n in self.networks.values() {
+            let hearers = Hearers { router: n.router(), users: Vec::new() };
+            all.insert(n.spec.vid.unwrap_or(0), hearers);
+        }
+        let mut hears = |network: &str, user: &UserState| {
+            let vid = self.networks.get(network).map(|n| n.spec.vid.unwrap_or(0));
+            if let Some(hearers) = vid.and_then(|vid| all.get_mut(&vid)) {
+                hearers.users.push(user.spec.mac);
+            }
+        };
+        for user in self.users.values() {
+            hears(&user.network, user);
+            if let Some(Switch { state: State::Switched(_), to, .. }) =
+                user.staged_by.as_ref().and_then(|by| self.switches.get(by))
+            {
+                hears(to, user);
+            }
+        }
+        all
     }
 
     /// The users.

@@ -32,7 +32,7 @@ use std::{
 };
 
 use aya::maps::MapData;
-use common::{TARO, VIRTUAL, arp, bare, network, user};
+use common::{BROADCAST, HANAKO, IPV4, TARO, VIRTUAL, arp, bare, network, user};
 use gateway_ebpf::{SwitchWord, words::Selector};
 use handover_api::{
     tls::{Role, Tls, init_authority, issue},
@@ -685,7 +685,7 @@ struct Stream {
 
 impl Stream {
     /// Between two frames.
-    const PACE: Duration = Duration::from_micros(200);
+    const PACE: Duration = Duration::from_micros(20);
 
     fn start(lab: &Lab) -> Self {
         let receiver = lab.router.run(|| UdpSocket::bind((R, 9)).unwrap());
@@ -720,7 +720,7 @@ impl Stream {
     /// Returns when a few more frames have been sent.
     fn goes_on(&self) {
         let from = self.sent.load(Ordering::Relaxed);
-        while self.sent.load(Ordering::Relaxed) < from + 500 {
+        while self.sent.load(Ordering::Relaxed) < from + 5000 {
             thread::sleep(Self::PACE);
         }
     }
@@ -1019,4 +1019,76 @@ fn the_gateway_says_what_it_is_doing() {
     let (code, log) = daemon.stop();
     assert_eq!(code, 0, "{log}");
     assert!(!socket.exists());
+}
+
+#[test]
+fn broadcast_reaches_exactly_the_users_of_the_network() {
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    let _wire = Wire::new(&lab.router);
+    let mut request = configuration();
+    request.networks[1].router_mac = Some(ROUTER2.to_string());
+    request.users.push(user("hanako", HANAKO, "10.1.0.101", "net2"));
+    lab.call(async |mut gateway| gateway.configure(request).await.unwrap());
+
+    let users = lab.taro.run(|| packet_socket("eth0"));
+    let flat = lab.router.run(|| UdpSocket::bind((R, 0)).unwrap());
+    flat.set_broadcast(true).unwrap();
+    let net2 = lab.router.run(|| packet_socket("up0"));
+    let on_flat = |text: &str| {
+        flat.send_to(text.as_bytes(), "10.1.0.255:9").unwrap();
+    };
+    let on_net2 = |text: &str| {
+        let payload = [&[0; 60], text.as_bytes()].concat();
+        let sent = bare(BROADCAST, ROUTER2, Some(2), IPV4, &payload);
+        send(net2.as_raw_fd(), &sent, MsgFlags::empty()).unwrap();
+    };
+    // who got what, until somebody got `last` in `copies` copies
+    let got = |last: &str, copies: usize| {
+        let (begun, mut got) = (Instant::now(), Vec::new());
+        let of = |got: &[(String, Mac, Mac)], text: &str| got.iter().filter(|(t, ..)| *t == text).count();
+        while of(&got, last) < copies {
+            assert!(begun.elapsed() < PATIENCE, "{last:?} came not {copies} times: {got:?}");
+            let Some(frame) = receive(&users) else { continue };
+            let mac = |at: usize| Mac(frame[at..at + 6].try_into().unwrap());
+            if let Some(at) = frame.windows(4).position(|w| w == b"text") {
+                let text = frame[at..].split(|b| *b == 0).next().unwrap();
+                got.push((String::from_utf8(text.to_vec()).unwrap(), mac(0), mac(6)));
+            }
+        }
+        got.sort();
+        got
+    };
+    let is = |text: &str, to| (text.to_string(), to, VIRTUAL);
+
+    on_flat("text 1");
+    on_net2("text 2");
+    assert_eq!(got("text 2", 1), [is("text 1", TARO), is("text 2", HANAKO)]);
+
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m", "net2")).await.unwrap().into_inner());
+    on_flat("text 3");
+    on_net2("text 4");
+    assert_eq!(got("text 4", 1), [is("text 3", TARO), is("text 4", HANAKO)], "staging changes nothing");
+    let request = switch_of(&staged, "m");
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    on_flat("text 5");
+    on_net2("text 6");
+    assert_eq!(
+        got("text 6", 2),
+        [is("text 5", TARO), is("text 6", TARO), is("text 6", HANAKO)],
+        "what the old network sent last is still good"
+    );
+    let finish = v1::FinishSwitchRequest { migration: "m".into() };
+    lab.call(async |mut gateway| gateway.finish(finish).await.unwrap());
+    on_flat("text 7");
+    on_net2("text 8");
+    assert_eq!(got("text 8", 2), [is("text 8", TARO), is("text 8", HANAKO)]);
+
+    let counter = |name: &str| {
+        let counters = lab.status().counters;
+        counters.iter().find(|c| c.name == name).unwrap().frames
+    };
+    // and what the router's kernel says to all by itself
+    assert!(counter("group_copied") >= 9 && counter("wan_group") >= 8);
+    assert_eq!(counter("group_not_copied"), 0);
 }

@@ -444,6 +444,9 @@ fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
         if by_router && (!is_request || target == sender) {
             return Ok(Outcome::WanRouterArp);
         }
+        if !is_request && is_group(dst) {
+            return Ok(Outcome::WanGroup);
+        }
         if by_router || router == Some(wire_mac_word(sha)) {
             // SAFETY: as above.
             unsafe { (*arp).sha = word_wire_mac(virtual_mac) };
@@ -456,6 +459,8 @@ fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
         } else {
             by_destination(dst)?
         }
+    } else if is_group(dst) {
+        return Ok(Outcome::WanGroup);
     } else {
         by_destination(dst)?
     };
@@ -490,9 +495,6 @@ fn redirect(port: u32, sent: Outcome, missing: Outcome) -> Result<Outcome, Outco
 /// The user a frame from the WAN is addressed to.
 #[inline(always)]
 fn by_destination(dst: WireMac) -> Result<FoundUser, Outcome> {
-    if is_group(dst) {
-        return Err(Outcome::WanGroup);
-    }
     let mac = wire_mac_word(dst);
     // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
     let slot = *unsafe { USER_BY_MAC.get(mac) }.ok_or(Outcome::WanUnknownUser)?;

@@ -67,7 +67,7 @@ outcomes! {
     WanUnknownNetwork "wan_unknown_network" Drop: "Its tag (or having none) belongs to no network.";
     WanUnknownUser "wan_unknown_user" Drop: "For no user of this gateway.";
     WanStaleNetwork "wan_stale_network" Drop: "For a user, from a network the user is not on.";
-    WanGroup "wan_group" Drop: "Broadcast or multicast other than ARP.";
+    WanGroup "wan_group" Host: "Broadcast or multicast other than ARP requests: given to the daemon, which sends it to each user of that network.";
     WanServiceTag "wan_service_tag" Drop: "Came with an 802.1ad (0x88a8) tag.";
     WanStackedTags "wan_stacked_tags" Drop: "Came with more than one tag.";
     WanArpMalformed "wan_arp_malformed" Drop: "ARP, but not for IPv4 over Ethernet.";

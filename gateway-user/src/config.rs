@@ -19,6 +19,9 @@ pub struct Config {
     pub name: String,
     /// Where the controller reaches it, on the control network.
     pub listen: SocketAddr,
+    /// Local socket for `handover-gateway status` and the like; for the owner and the group of the daemon.
+    #[serde(default)]
+    pub socket: Option<PathBuf>,
     /// Interface to the users.
     pub access: String,
     /// Interface to the wide-area provider.
@@ -119,7 +122,9 @@ impl Config {
         if !(1..=MAX_USERS).contains(&config.max_users) {
             return refuse("max_users", &config.max_users, "use 1 to 1048576");
         }
-        for (key, dir) in [("pin_dir", &config.pin_dir), ("state_dir", &config.state_dir)] {
+        for (key, dir) in
+            [("pin_dir", &config.pin_dir), ("state_dir", &config.state_dir), ("socket", &config.socket)]
+        {
             if let Some(dir) = dir.as_ref().filter(|dir| !dir.is_absolute()) {
                 return refuse(key, &dir.display(), "give an absolute path");
             }

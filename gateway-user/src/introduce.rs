@@ -106,44 +106,7 @@ impl Introducer {
     /// # Errors
     /// The kernel's; EPERM without CAP_NET_RAW.
     pub fn open(wan: &Link) -> io::Result<Self> {
-        let socket = socket(
-            AddressFamily::Packet,
-            SockType::Raw,
-            SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
-            // nothing before it is bound to the one interface
-            None::<SockProtocol>,
-        )?;
-        let on: libc::c_int = 1;
-        for option in [libc::PACKET_AUXDATA, libc::PACKET_IGNORE_OUTGOING] {
-            // SAFETY: both options take an int, which outlives the call.
-            let result = unsafe {
-                libc::setsockopt(
-                    socket.as_raw_fd(),
-                    libc::SOL_PACKET,
-                    option,
-                    (&raw const on).cast(),
-                    size_of_val(&on) as libc::socklen_t,
-                )
-            };
-            Errno::result(result)?;
-        }
-        // SAFETY: integers only; all zero is a value.
-        let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
-        address.sll_family = libc::AF_PACKET as u16;
-        // all protocols: a tagged frame is given to no socket that asks for one
-        address.sll_protocol = (libc::ETH_P_ALL as u16).to_be();
-        address.sll_ifindex = wan.index as i32;
-        // SAFETY: the address outlives the call and its length is given.
-        let result = unsafe {
-            libc::bind(
-                socket.as_raw_fd(),
-                (&raw const address).cast(),
-                size_of_val(&address) as libc::socklen_t,
-            )
-        };
-        Errno::result(result)?;
-        // SAFETY: the OwnedFd moves into the AsyncFd, which keeps it open, the same, until it is dropped.
-        let socket = unsafe { AsyncFd::register(socket) }?;
+        let socket = listening_socket(wan, Hears::Arp)?;
         Ok(Self { socket, waiters: Mutex::default() })
     }
 
@@ -232,11 +195,98 @@ impl Introducer {
     }
 }
 
+/// What a packet socket is given; the kernel tells, so that a flood of one does not displace the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Hears {
+    /// ARP.
+    Arp,
+    /// All else.
+    Others,
+}
+
+/// A socket that hears what `link` gives to this host, tags included.
+pub(crate) fn listening_socket(link: &Link, hears: Hears) -> io::Result<AsyncFd<OwnedFd>> {
+    let socket = socket(
+        AddressFamily::Packet,
+        SockType::Raw,
+        SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK,
+        // nothing before it is bound to the one interface
+        None::<SockProtocol>,
+    )?;
+    let on: libc::c_int = 1;
+    for option in [libc::PACKET_AUXDATA, libc::PACKET_IGNORE_OUTGOING] {
+        // SAFETY: both options take an int, which outlives the call.
+        let result = unsafe {
+            libc::setsockopt(
+                socket.as_raw_fd(),
+                libc::SOL_PACKET,
+                option,
+                (&raw const on).cast(),
+                size_of_val(&on) as libc::socklen_t,
+            )
+        };
+        Errno::result(result)?;
+    }
+    let (arp, others) = if hears == Hears::Arp { (u32::MAX, 0) } else { (0, u32::MAX) };
+    let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+    let load = libc::BPF_LD | libc::BPF_H | libc::BPF_ABS;
+    let equal = libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K;
+    let answer = libc::BPF_RET | libc::BPF_K;
+    let mut filter = [
+        step(load, 0, 0, (ETH_LEN - 2) as u32),
+        step(equal, 3, 0, ETHERTYPE_ARP.into()),
+        step(equal, 0, 3, TPID_8021Q.into()),
+        step(load, 0, 0, (ETH_LEN + TAG_LEN - 2) as u32),
+        step(equal, 0, 1, ETHERTYPE_ARP.into()),
+        step(answer, 0, 0, arp),
+        step(answer, 0, 0, others),
+    ];
+    let program = libc::sock_fprog { len: filter.len() as u16, filter: filter.as_mut_ptr() };
+    // SAFETY: the option takes a sock_fprog, which outlives the call, as does what it points to.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size_of_val(&program) as libc::socklen_t,
+        )
+    };
+    Errno::result(result)?;
+    // all protocols: a tagged frame is given to no socket that asks for one
+    bind_to(&socket, link, libc::ETH_P_ALL as u16)?;
+    // SAFETY: the OwnedFd moves into the AsyncFd, which keeps it open, the same, until it is dropped.
+    let socket = unsafe { AsyncFd::register(socket) }?;
+    Ok(socket)
+}
+
+/// Binds a packet socket to `link`; it is given frames of `protocol` (0: none).
+pub(crate) fn bind_to(socket: &OwnedFd, link: &Link, protocol: u16) -> io::Result<()> {
+    // SAFETY: integers only; all zero is a value.
+    let mut address: libc::sockaddr_ll = unsafe { mem::zeroed() };
+    address.sll_family = libc::AF_PACKET as u16;
+    address.sll_protocol = protocol.to_be();
+    address.sll_ifindex = link.index as i32;
+    // SAFETY: the address outlives the call and its length is given.
+    let result = unsafe {
+        libc::bind(socket.as_raw_fd(), (&raw const address).cast(), size_of_val(&address) as libc::socklen_t)
+    };
+    Errno::result(result)?;
+    Ok(())
+}
+
 /// One frame from the socket, if it is a router speaking of itself.
 fn receive(socket: &OwnedFd) -> io::Result<Option<Heard>> {
     let mut frame = [0; 128];
+    let (len, stripped) = receive_frame(socket, &mut frame)?;
+    Ok(parse(&frame[..len], stripped))
+}
+
+/// One frame from the socket, at most as much as fits, and the TCI of a tag that is no longer in it.
+pub(crate) fn receive_frame(socket: &OwnedFd, frame: &mut [u8]) -> io::Result<(usize, Option<u16>)> {
+    let room = frame.len();
     let mut control = nix::cmsg_space!(libc::tpacket_auxdata);
-    let mut parts = [IoSliceMut::new(&mut frame)];
+    let mut parts = [IoSliceMut::new(frame)];
     let message = recvmsg::<LinkAddr>(socket.as_raw_fd(), &mut parts, Some(&mut control), MsgFlags::empty())?;
     let mut stripped = None;
     for part in message.cmsgs()? {
@@ -247,8 +297,7 @@ fn receive(socket: &OwnedFd) -> io::Result<Option<Heard>> {
             stripped = stripped_tag(&part.data_bytes);
         }
     }
-    let len = message.bytes;
-    Ok(parse(&frame[..len.min(frame.len())], stripped))
+    Ok((message.bytes.min(room), stripped))
 }
 
 /// The TCI of the 802.1Q tag that the kernel has moved out of the frame (packet(7), PACKET_AUXDATA).

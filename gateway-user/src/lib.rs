@@ -15,12 +15,14 @@
 //! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
 //!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`groups`]: broadcast and multicast, a copy to each user of the network.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
-//! - [`service`]: the gRPC service that ties them together.
+//! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
 pub mod config;
 pub mod desired;
 pub mod fuzz;
+pub mod groups;
 pub mod introduce;
 pub mod link;
 pub mod mac;
@@ -29,5 +31,6 @@ pub mod oracle;
 pub mod pins;
 pub mod plane;
 pub mod service;
+pub mod socket;
 pub mod state;
 pub mod table;

@@ -262,14 +262,13 @@ impl World {
         let network = &self.networks[from];
 
         let mut outcome = Outcome::WanForwarded;
-        let mut about = None;
+        let (mut about, mut by_router) = (None, false);
         if parts.is_arp() {
-            let virtual_mac = self.virtual_mac;
             let arp = parts.arp().ok_or(Outcome::WanTruncated)?;
             if arp[..6] != OF_IPV4 {
                 return Err(Outcome::WanArpMalformed);
             }
-            let by_router = arp[SPA] == network.address;
+            by_router = arp[SPA] == network.address;
             let question = arp[OP] == REQUEST;
             if by_router && (!question || arp[TPA] == arp[SPA]) {
                 return Ok(Prediction { outcome: Outcome::WanRouterArp, frame: Some(frame.to_vec()) });
@@ -278,13 +277,19 @@ impl World {
                 outcome = Outcome::WanArpForwarded;
                 about = Some(arp[TPA].to_vec());
             }
+        }
+        if about.is_none() && parts.dst[0] % 2 == 1 {
+            return Ok(Prediction { outcome: Outcome::WanGroup, frame: Some(frame.to_vec()) });
+        }
+        if parts.is_arp() {
+            let virtual_mac = self.virtual_mac;
+            let arp = parts.arp().ok_or(Outcome::WanTruncated)?;
             if by_router || network.router.is_some_and(|router| arp[SHA] == router) {
                 arp[SHA].copy_from_slice(&virtual_mac);
             }
         }
         let user = match about {
             Some(address) => self.users.iter().find(|u| u.addresses.iter().any(|a| address == a)),
-            None if parts.dst[0] % 2 == 1 => return Err(Outcome::WanGroup),
             None => self.users.iter().find(|u| u.mac == parts.dst),
         };
         let user = user.ok_or(Outcome::WanUnknownUser)?;

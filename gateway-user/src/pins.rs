@@ -278,7 +278,21 @@ impl Pins {
         })
     }
 
-    /// Takes a link's file away; what it had attached is detached once nobody holds it open.
+    /// Detaches what a link had attached, and takes its file away.
+    ///
+    /// # Errors
+    /// [`PinError::File`].
+    pub fn remove_link(&self, side: Side) -> Result<(), PinError> {
+        let path = self.link(side);
+        detach_link(&path).map_err(|source| PinError::File {
+            what: "detaching link",
+            path: path.clone(),
+            source,
+        })?;
+        self.unlink(&path)
+    }
+
+    /// Takes a file away.
     ///
     /// # Errors
     /// [`PinError::File`].
@@ -451,6 +465,22 @@ fn object(path: &Path) -> io::Result<OwnedFd> {
     Ok(unsafe { OwnedFd::from_raw_fd(fd as libc::c_int) })
 }
 
+/// Detaches the program of a pinned link, done when this returns: taking the file away alone lets the kernel do it some time
+/// later.
+fn detach_link(path: &Path) -> io::Result<()> {
+    /// linux/bpf.h: `union bpf_attr` for BPF_LINK_DETACH
+    #[repr(C)]
+    struct Attr {
+        link_fd: u32,
+    }
+    const BPF_LINK_DETACH: libc::c_int = 34;
+    let link = object(path)?;
+    let attr = Attr { link_fd: link.as_raw_fd() as u32 };
+    // SAFETY: `attr` outlives the call, which only reads it.
+    let answer = unsafe { libc::syscall(libc::SYS_bpf, BPF_LINK_DETACH, &raw const attr, size_of::<Attr>()) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Sees that `dir` is, or can be made, on a BPF file system.
 fn bpffs_for(dir: &Path) -> Result<(), PinError> {
     let is = dir.ancestors().find(|p| p.exists()).unwrap_or(Path::new("/"));
@@ -487,8 +517,14 @@ pub fn remove(dir: &Path) -> Result<bool, PinError> {
         .map(|entry| entry.path())
         .collect();
     // links first: detached before anything else goes
-    ours.sort_by_key(|path| !path.file_name().is_some_and(|n| n.as_bytes().starts_with(b"link-")));
+    let is_link = |path: &PathBuf| path.file_name().is_some_and(|n| n.as_bytes().starts_with(b"link-"));
+    ours.sort_by_key(|path| !is_link(path));
     for path in &ours {
+        if is_link(path)
+            && let Err(error) = detach_link(path)
+        {
+            note(format!("detaching {}", path.display()), &error);
+        }
         if let Err(error) = fs::remove_file(path) {
             note(path.display().to_string(), &error);
         }

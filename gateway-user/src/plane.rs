@@ -340,7 +340,7 @@ impl Plane {
             }
             old => {
                 if old.is_some() {
-                    pins.unlink(&path)?;
+                    pins.remove_link(side)?;
                 }
                 let id = self.attach(side, name, ifindex)?;
                 let link =

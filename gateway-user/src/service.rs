@@ -14,12 +14,15 @@ use std::{
     fs, io,
     net::Ipv4Addr,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
-    time::Duration,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use handover_api::{
-    tls::{Role, require_role},
+    tls::{Peer, Role, require_role},
     v1::{self, finding::Severity, gateway_server},
 };
 use tokio::task::JoinSet;
@@ -29,6 +32,7 @@ use tracing::{debug, info, warn};
 use crate::{
     config::Config,
     desired::{self, Desired, Invalid},
+    groups::{Budget, Group, Groups, Hearers, HearersByVid},
     introduce::{Heard, Introduced, Introducer, PATIENCE},
     link::{Link, LinkError, Promiscuous},
     mac::Mac,
@@ -100,12 +104,16 @@ struct Inner {
     name: String,
     boot_id: String,
     virtual_router_mac: Mac,
+    pin_dir: Option<PathBuf>,
     access: Link,
     wan: Link,
     wan_mac: Mac,
     /// Of a data path that ends with the daemon; the other kind is promiscuous by itself.
     _promiscuous: Option<[Promiscuous; 2]>,
     introducer: Introducer,
+    groups: Groups,
+    /// Group frames' copies: sent, and not sent.
+    copies: [AtomicU64; 2],
     core: Mutex<Core>,
     /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
     configuring: tokio::sync::Mutex<()>,
@@ -144,22 +152,28 @@ impl Gateway {
             }
         };
 
+        let groups = Groups::open(&links[0], &links[1])
+            .map_err(|source| StartError::Socket { wan: config.wan.clone(), source })?;
         let [access, wan] = links;
         let gateway = Self(Arc::new(Inner {
             name: config.name.clone(),
             boot_id: boot_id.trim().into(),
             virtual_router_mac: config.virtual_router_mac,
+            pin_dir: config.pin_dir.clone(),
             access,
             wan,
             wan_mac,
             _promiscuous: promiscuous,
             introducer,
+            groups,
+            copies: Default::default(),
             core: Mutex::new(core),
             configuring: tokio::sync::Mutex::default(),
             store,
         }));
         gateway.clone().spawn_listener();
         gateway.clone().spawn_asker();
+        gateway.clone().spawn_groups();
         Ok(gateway)
     }
 
@@ -223,6 +237,47 @@ impl Gateway {
                 tracing::error!(wan = self.0.wan.name, %error, "the routers cannot be heard any more");
             }
         });
+    }
+
+    /// Gives broadcast and multicast to the users of the network it came from.
+    fn spawn_groups(self) {
+        tokio::spawn(async move {
+            let mut budget = Budget::new(Instant::now());
+            let (mut known, mut hearers) = (None, HearersByVid::new());
+            let ended = self.0.groups.listen(|group| {
+                {
+                    let table = &self.core().table;
+                    if known != Some(table.hearing()) {
+                        (known, hearers) = (Some(table.hearing()), table.hearers());
+                    }
+                }
+                if let Some(hearers) = hearers.get(&group.vid) {
+                    self.give(group, hearers, &mut budget);
+                }
+            });
+            if let Err(error) = ended.await {
+                tracing::error!(wan = self.0.wan.name, %error, "broadcast and multicast cannot be heard any more");
+            }
+        });
+    }
+
+    fn give(&self, group: Group<'_>, hearers: &Hearers, budget: &mut Budget) {
+        let Group { frame, .. } = group;
+        if hearers.router.is_some_and(|router| frame[6..12] == router.0) {
+            frame[6..12].copy_from_slice(&self.0.virtual_router_mac.0);
+        }
+        let granted = budget.take(hearers.users.len(), Instant::now());
+        let mut sent = 0;
+        for user in &hearers.users[..granted] {
+            frame[..6].copy_from_slice(&user.0);
+            match self.0.groups.send(frame) {
+                Ok(()) => sent += 1,
+                Err(error) => debug!(%user, %error, "a copy of a group frame could not be sent"),
+            }
+        }
+        let [copied, not_copied] = &self.0.copies;
+        copied.fetch_add(sent, Ordering::Relaxed);
+        not_copied.fetch_add(hearers.users.len() as u64 - sent, Ordering::Relaxed);
     }
 
     fn learn(&self, heard: Heard) {
@@ -618,6 +673,10 @@ impl Refusal {
 }
 
 const CONTROLLER: &[Role] = &[Role::Controller];
+/// Names of what the daemon itself counts, beside the programs' outcomes.
+const GROUP_COUNTERS: [&str; 2] = ["group_copied", "group_not_copied"];
+/// Who may see the status; a gateway only its own.
+const MAY_LOOK: &[Role] = &[Role::Controller, Role::Operator, Role::Viewer, Role::Gateway];
 
 #[tonic::async_trait]
 impl gateway_server::Gateway for Gateway {
@@ -670,7 +729,15 @@ impl gateway_server::Gateway for Gateway {
         &self,
         request: Request<v1::GatewayStatusRequest>,
     ) -> Result<Response<v1::GatewayStatus>, Status> {
-        require_role(&request, CONTROLLER)?;
+        let caller = require_role(&request, MAY_LOOK)?;
+        if let Peer::Remote { role: Role::Gateway, name } = &caller
+            && *name != self.0.name
+        {
+            return Err(Status::permission_denied(format!(
+                "{caller} may not ask gateway {} about its users",
+                self.0.name
+            )));
+        }
         let core = self.core();
         let interface = |side: Side, link: &Link| v1::InterfaceStatus {
             role: side.name().into(),
@@ -679,6 +746,7 @@ impl gateway_server::Gateway for Gateway {
             attach_mode: "native".into(),
         };
         let counters = core.plane.counters().map_err(|e| internal(&e))?;
+        let copies = self.0.copies.each_ref().map(|copies| copies.load(Ordering::Relaxed));
         Ok(Response::new(v1::GatewayStatus {
             name: self.0.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -688,20 +756,22 @@ impl gateway_server::Gateway for Gateway {
             networks: core
                 .table
                 .networks()
-                .map(|(name, vid, router)| v1::NetworkStatus {
+                .map(|(name, spec, router)| v1::NetworkStatus {
                     name: name.into(),
-                    vid: vid.map(Into::into),
+                    vid: spec.vid.map(Into::into),
                     router_mac: router.map(|mac| mac.to_string()).unwrap_or_default(),
+                    router_address: spec.address.to_string(),
                 })
                 .collect(),
             users: core
                 .table
                 .users()
-                .map(|(name, mac, network, staged_by)| v1::UserStatus {
-                    name: name.into(),
-                    mac: mac.to_string(),
-                    network: network.into(),
-                    staged_by: staged_by.unwrap_or_default().into(),
+                .map(|user| v1::UserStatus {
+                    name: user.name.into(),
+                    mac: user.spec.mac.to_string(),
+                    network: user.network.into(),
+                    staged_by: user.staged_by.unwrap_or_default().into(),
+                    addresses: user.spec.addresses.iter().map(ToString::to_string).collect(),
                 })
                 .collect(),
             switches: core
@@ -715,12 +785,16 @@ impl gateway_server::Gateway for Gateway {
                     from_network: s.from.into(),
                     to_network: s.to.into(),
                     users: s.users as u32,
+                    window_ns: s.window_ns,
                 })
                 .collect(),
             counters: counters
                 .into_iter()
-                .map(|(outcome, frames)| v1::Counter { name: outcome.name().into(), frames })
+                .map(|(outcome, frames)| (outcome.name(), frames))
+                .chain(GROUP_COUNTERS.into_iter().zip(copies))
+                .map(|(name, frames)| v1::Counter { name: name.into(), frames })
                 .collect(),
+            pin_dir: self.0.pin_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
         }))
     }
 

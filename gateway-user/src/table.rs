@@ -41,6 +41,7 @@ use gateway_ebpf::{
 
 use crate::{
     desired::{Desired, NetworkSpec, UserSpec},
+    groups::{Hearers, HearersByVid},
     mac::Mac,
 };
 
@@ -247,6 +248,21 @@ pub struct SwitchView<'a> {
     pub to: &'a str,
     /// How many users.
     pub users: usize,
+    /// The window of its store, if that was made.
+    pub window_ns: Option<u64>,
+}
+
+/// A user as `Status` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct UserView<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// What is known of the user.
+    pub spec: &'a UserSpec,
+    /// The network the user's frames go to now.
+    pub network: &'a str,
+    /// The migration the user is staged by.
+    pub staged_by: Option<&'a str>,
 }
 
 /// Numbers from 1 up, some given back.
@@ -327,6 +343,8 @@ pub struct Table {
     max_users: u32,
     revision: u64,
     generation: u64,
+    /// Counts changes of who hears which network.
+    hearing: u64,
     networks: BTreeMap<Arc<str>, NetworkState>,
     users: BTreeMap<Arc<str>, UserState>,
     switches: BTreeMap<Arc<str>, Switch>,
@@ -349,6 +367,7 @@ impl Table {
             max_users,
             revision: 0,
             generation: 0,
+            hearing: 0,
             networks: BTreeMap::new(),
             users: BTreeMap::new(),
             switches: BTreeMap::new(),
@@ -381,6 +400,7 @@ impl Table {
 
         let mut next = self.clone();
         next.revision = desired.revision;
+        next.hearing += 1;
         let mut retired = Retired::default();
         // first everything that takes something away, so that nothing is given twice on the way
         let mut removals = Vec::new();
@@ -723,6 +743,7 @@ impl Table {
     pub fn switched(&mut self, migration: &str, answer: SwitchAnswer) {
         if let Some(switch) = self.switches.get_mut(migration) {
             switch.state = State::Switched(answer);
+            self.hearing += 1;
         }
     }
 
@@ -797,6 +818,7 @@ impl Table {
     }
 
     fn release(&mut self, switch: &Switch) {
+        self.hearing += 1;
         for name in &switch.users {
             if let Some(user) = self.users.get_mut(name) {
                 user.staged_by = None;
@@ -834,6 +856,7 @@ impl Table {
         let news = network.spec.router_mac.is_none() && network.learned != Some(mac);
         if news {
             network.learned = Some(mac);
+            self.hearing += 1;
         }
         let (index, router) = (network.index, network.router_word());
         Some((index, news.then_some(Write::NetworkRouter { index, router })))
@@ -856,20 +879,50 @@ impl Table {
             .collect()
     }
 
-    /// Name, VID and router MAC of each network.
-    pub fn networks(&self) -> impl Iterator<Item = (&str, Option<u16>, Option<Mac>)> {
-        self.networks.iter().map(|(name, n)| (&**name, n.spec.vid, n.router()))
+    /// Name, what is known, and router MAC, configured or learned, of each network.
+    pub fn networks(&self) -> impl Iterator<Item = (&str, &NetworkSpec, Option<Mac>)> {
+        self.networks.iter().map(|(name, n)| (&**name, &n.spec, n.router()))
     }
 
-    /// Name, MAC, network now, and staging migration of each user.
-    pub fn users(&self) -> impl Iterator<Item = (&str, Mac, &str, Option<&str>)> {
+    /// Changes whenever [`Table::hearers`] may.
+    pub const fn hearing(&self) -> u64 {
+        self.hearing
+    }
+
+    /// Who hears which network, as the `wan` program has it: the users who are on it, and those who have been switched away
+    /// from it and are not finished.
+    pub fn hearers(&self) -> HearersByVid {
+        let mut all = HearersByVid::new();
+        for n in self.networks.values() {
+            let hearers = Hearers { router: n.router(), users: Vec::new() };
+            all.insert(n.spec.vid.unwrap_or(0), hearers);
+        }
+        let mut hears = |network: &str, user: &UserState| {
+            let vid = self.networks.get(network).map(|n| n.spec.vid.unwrap_or(0));
+            if let Some(hearers) = vid.and_then(|vid| all.get_mut(&vid)) {
+                hearers.users.push(user.spec.mac);
+            }
+        };
+        for user in self.users.values() {
+            hears(&user.network, user);
+            if let Some(Switch { state: State::Switched(_), to, .. }) =
+                user.staged_by.as_ref().and_then(|by| self.switches.get(by))
+            {
+                hears(to, user);
+            }
+        }
+        all
+    }
+
+    /// The users.
+    pub fn users(&self) -> impl Iterator<Item = UserView<'_>> {
         self.users.iter().map(|(name, user)| {
             let switched = user.staged_by.as_ref().and_then(|by| self.switches.get(by));
             let network = match switched {
                 Some(Switch { state: State::Switched(_), to, .. }) => to,
                 _ => &user.network,
             };
-            (&**name, user.spec.mac, &**network, user.staged_by.as_deref())
+            UserView { name, spec: &user.spec, network, staged_by: user.staged_by.as_deref() }
         })
     }
 
@@ -887,6 +940,10 @@ impl Table {
             from: &s.from,
             to: &s.to,
             users: s.users.len(),
+            window_ns: match s.state {
+                State::Switched(answer) => Some(answer.window_ns),
+                State::Staging | State::Staged => None,
+            },
         })
     }
 }

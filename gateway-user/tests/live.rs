@@ -18,7 +18,7 @@ use std::{
     net::{Ipv4Addr, UdpSocket},
     os::{
         fd::{AsFd as _, AsRawFd as _, OwnedFd},
-        unix::process::CommandExt as _,
+        unix::{fs::PermissionsExt as _, process::CommandExt as _},
     },
     path::{Path, PathBuf},
     process::{Child, ChildStderr, Command, Stdio},
@@ -32,7 +32,7 @@ use std::{
 };
 
 use aya::maps::MapData;
-use common::{TARO, VIRTUAL, arp, bare, network, user};
+use common::{BROADCAST, HANAKO, IPV4, TARO, VIRTUAL, arp, bare, network, user};
 use gateway_ebpf::{SwitchWord, words::Selector};
 use handover_api::{
     tls::{Role, Tls, init_authority, issue},
@@ -685,7 +685,7 @@ struct Stream {
 
 impl Stream {
     /// Between two frames.
-    const PACE: Duration = Duration::from_micros(200);
+    const PACE: Duration = Duration::from_micros(20);
 
     fn start(lab: &Lab) -> Self {
         let receiver = lab.router.run(|| UdpSocket::bind((R, 9)).unwrap());
@@ -720,7 +720,7 @@ impl Stream {
     /// Returns when a few more frames have been sent.
     fn goes_on(&self) {
         let from = self.sent.load(Ordering::Relaxed);
-        while self.sent.load(Ordering::Relaxed) < from + 500 {
+        while self.sent.load(Ordering::Relaxed) < from + 5000 {
             thread::sleep(Self::PACE);
         }
     }
@@ -918,4 +918,177 @@ fn what_cannot_be_taken_over_is_refused_and_detach_takes_everything_down() {
     assert!(error.contains("no BPF file system"), "{error}");
     fs::write(lab.config(), &config).unwrap();
     assert_eq!(lab.detach().0, 0);
+}
+
+#[test]
+fn the_gateway_says_what_it_is_doing() {
+    let lab = Lab::new();
+    let config = fs::read_to_string(lab.config()).unwrap();
+    let socket = lab.dir.path().join("run/gateway.sock");
+    let local = config.replace("[tls]", &format!("socket = \"{}\"\n[tls]", socket.display()));
+    let ask = |verb: &[&str]| {
+        let output = lab.daemon(&lab.config()).args(verb).output().unwrap();
+        let (out, error) = (output.stdout, String::from_utf8(output.stderr).unwrap());
+        (output.status.code().unwrap(), String::from_utf8(out).unwrap(), error)
+    };
+    let json = |what| -> serde_json::Value {
+        let (code, out, error) = ask(&[what, "-o", "json"]);
+        assert_eq!(code, 0, "{error}");
+        serde_json::from_str(&out).unwrap()
+    };
+
+    // nobody there, both ways
+    let (code, _, error) = ask(&["status"]);
+    assert!(code == 1 && error.contains("start the daemon"), "{code}: {error}");
+    fs::write(lab.config(), &local).unwrap();
+    let (code, _, error) = ask(&["status"]);
+    assert!(code == 1 && error.contains("gateway.sock") && error.contains("start the daemon"), "{error}");
+
+    let _wire = Wire::new(&lab.router);
+    let daemon = lab.start();
+    assert_eq!(fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o660);
+    assert!(ask(&["status"]).1.contains("never configured"));
+    lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
+    assert!(lab.echo());
+    // over the socket, then over TLS with the gateway's own certificate
+    for config in [&local, &config] {
+        fs::write(lab.config(), config).unwrap();
+        let status = json("status");
+        assert_eq!((&status["name"], &status["revision"]), (&"gw".into(), &1.into()), "{status}");
+        assert_eq!(status["interfaces"][0]["attach_mode"], "native");
+        assert_eq!(status["pin_dir"], serde_json::Value::Null);
+        assert!(status["counters"]["wan_forwarded"].as_u64().unwrap() > 0, "{status}");
+        assert_eq!(
+            json("users"),
+            serde_json::json!([{"name": "taro", "mac": TARO.to_string(), "addresses": ["10.1.0.100"],
+                "network": "flat", "staged_by": null}])
+        );
+        let networks = json("networks");
+        assert_eq!((&networks[1]["name"], &networks[1]["vid"]), (&"net2".into(), &2.into()), "{networks}");
+        assert_eq!((&networks[0]["vid"], &networks[0]["router_address"]), (&().into(), &"10.1.0.1".into()));
+        assert_eq!(json("switches"), serde_json::json!([]));
+    }
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m1", "net2")).await.unwrap().into_inner());
+    assert_eq!(
+        (&json("switches")[0]["state"], &json("switches")[0]["window_ns"]),
+        (&"staged".into(), &().into())
+    );
+    let request = switch_of(&staged, "m1");
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    assert!(json("switches")[0]["window_ns"].is_u64());
+    assert_eq!(
+        (&json("users")[0]["network"], &json("users")[0]["staged_by"]),
+        (&"net2".into(), &"m1".into())
+    );
+    for (verb, shown) in [
+        ("status", "wan_forwarded"),
+        ("users", "10.1.0.100"),
+        ("networks", "untagged"),
+        ("switches", "switched"),
+    ] {
+        let (code, table, _) = ask(&[verb]);
+        assert!(code == 0 && table.contains(shown), "{table}");
+        println!("{table}\n");
+    }
+    // whoever may look may do nothing else, and another gateway may not even look
+    fs::write(lab.config(), &local).unwrap();
+    let answers = lab.gateway.run(|| {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            issue(lab.dir.path(), lab.dir.path(), Role::Gateway, "other").unwrap();
+            issue(lab.dir.path(), lab.dir.path(), Role::Viewer, "v").unwrap();
+            let mut answers = Vec::new();
+            for holder in ["gateway-other", "gateway-gw", "viewer-v"] {
+                let file = |kind: &str| lab.dir.path().join(format!("{holder}.{kind}"));
+                let ca = lab.dir.path().join("ca.pem");
+                let files = handover_api::tls::TlsFiles { ca, cert: file("pem"), key: file("key") };
+                let tls = Tls::load(&files).unwrap();
+                let channel = tls.connect(Role::Gateway, "gw", "127.0.0.1:7443").await.unwrap();
+                let mut client = GatewayClient::new(channel);
+                let looked = client.status(v1::GatewayStatusRequest {}).await.map(|_| ());
+                let abort = v1::AbortSwitchRequest { migration: "m1".into() };
+                let did = client.abort(abort).await.map(|_| ());
+                answers.push((looked.err().map(|s| s.code()), did.err().map(|s| s.code())));
+            }
+            answers
+        })
+    });
+    let denied = Some(Code::PermissionDenied);
+    assert_eq!(answers, [(denied, denied), (None, denied), (None, denied)]);
+
+    let (code, log) = daemon.stop();
+    assert_eq!(code, 0, "{log}");
+    assert!(!socket.exists());
+}
+
+#[test]
+fn broadcast_reaches_exactly_the_users_of_the_network() {
+    let lab = Lab::new();
+    let _daemon = lab.start();
+    let _wire = Wire::new(&lab.router);
+    let mut request = configuration();
+    request.networks[1].router_mac = Some(ROUTER2.to_string());
+    request.users.push(user("hanako", HANAKO, "10.1.0.101", "net2"));
+    lab.call(async |mut gateway| gateway.configure(request).await.unwrap());
+
+    let users = lab.taro.run(|| packet_socket("eth0"));
+    let flat = lab.router.run(|| UdpSocket::bind((R, 0)).unwrap());
+    flat.set_broadcast(true).unwrap();
+    let net2 = lab.router.run(|| packet_socket("up0"));
+    let on_flat = |text: &str| {
+        flat.send_to(text.as_bytes(), "10.1.0.255:9").unwrap();
+    };
+    let on_net2 = |text: &str| {
+        let payload = [&[0; 60], text.as_bytes()].concat();
+        let sent = bare(BROADCAST, ROUTER2, Some(2), IPV4, &payload);
+        send(net2.as_raw_fd(), &sent, MsgFlags::empty()).unwrap();
+    };
+    // who got what, until somebody got `last` in `copies` copies
+    let got = |last: &str, copies: usize| {
+        let (begun, mut got) = (Instant::now(), Vec::new());
+        let of = |got: &[(String, Mac, Mac)], text: &str| got.iter().filter(|(t, ..)| *t == text).count();
+        while of(&got, last) < copies {
+            assert!(begun.elapsed() < PATIENCE, "{last:?} came not {copies} times: {got:?}");
+            let Some(frame) = receive(&users) else { continue };
+            let mac = |at: usize| Mac(frame[at..at + 6].try_into().unwrap());
+            if let Some(at) = frame.windows(4).position(|w| w == b"text") {
+                let text = frame[at..].split(|b| *b == 0).next().unwrap();
+                got.push((String::from_utf8(text.to_vec()).unwrap(), mac(0), mac(6)));
+            }
+        }
+        got.sort();
+        got
+    };
+    let is = |text: &str, to| (text.to_string(), to, VIRTUAL);
+
+    on_flat("text 1");
+    on_net2("text 2");
+    assert_eq!(got("text 2", 1), [is("text 1", TARO), is("text 2", HANAKO)]);
+
+    let staged = lab.call(async |mut gateway| gateway.stage(stage("m", "net2")).await.unwrap().into_inner());
+    on_flat("text 3");
+    on_net2("text 4");
+    assert_eq!(got("text 4", 1), [is("text 3", TARO), is("text 4", HANAKO)], "staging changes nothing");
+    let request = switch_of(&staged, "m");
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    on_flat("text 5");
+    on_net2("text 6");
+    assert_eq!(
+        got("text 6", 2),
+        [is("text 5", TARO), is("text 6", TARO), is("text 6", HANAKO)],
+        "what the old network sent last is still good"
+    );
+    let finish = v1::FinishSwitchRequest { migration: "m".into() };
+    lab.call(async |mut gateway| gateway.finish(finish).await.unwrap());
+    on_flat("text 7");
+    on_net2("text 8");
+    assert_eq!(got("text 8", 2), [is("text 8", TARO), is("text 8", HANAKO)]);
+
+    let counter = |name: &str| {
+        let counters = lab.status().counters;
+        counters.iter().find(|c| c.name == name).unwrap().frames
+    };
+    // and what the router's kernel says to all by itself
+    assert!(counter("group_copied") >= 9 && counter("wan_group") >= 8);
+    assert_eq!(counter("group_not_copied"), 0);
 }

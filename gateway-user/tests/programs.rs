@@ -279,11 +279,14 @@ fn a_frame_from_another_network_is_stale() {
 }
 
 #[test]
-fn frames_for_nobody_and_for_everybody_are_dropped() {
+fn frames_for_nobody_are_dropped_and_those_for_everybody_are_the_daemons() {
     let mut rig = Rig::new();
     expect_dropped(&rig.wan(&frame(OTHER, ROUTER1, Some(1), IPV4, b"")), Outcome::WanUnknownUser);
     for dst in [BROADCAST, Mac([0x33, 0x33, 0, 0, 0, 1])] {
-        expect_dropped(&rig.wan(&frame(dst, ROUTER1, Some(1), IPV4, b"")), Outcome::WanGroup);
+        let sent = frame(dst, ROUTER1, Some(1), IPV4, b"");
+        expect(&rig.wan(&sent), Outcome::WanGroup, PASS, &sent);
+        let strange = frame(dst, ROUTER1, Some(9), IPV4, b"");
+        expect_dropped(&rig.wan(&strange), Outcome::WanUnknownNetwork);
     }
 }
 
@@ -327,7 +330,8 @@ fn answers_of_others_reach_the_user() {
     let payload = arp(2, OTHER, [10, 1, 0, 50], TARO, TARO_IP);
     let ran = rig.wan(&bare(TARO, OTHER, Some(1), ARP, &payload));
     expect(&ran, Outcome::WanForwarded, REDIRECT, &bare(TARO, OTHER, None, ARP, &payload));
-    expect_dropped(&rig.wan(&bare(BROADCAST, OTHER, Some(1), ARP, &payload)), Outcome::WanGroup);
+    let sent = bare(BROADCAST, OTHER, Some(1), ARP, &payload);
+    expect(&rig.wan(&sent), Outcome::WanGroup, PASS, &sent);
 }
 
 // switches

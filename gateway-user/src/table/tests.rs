@@ -371,15 +371,21 @@ fn a_state_that_cannot_be_is_refused_naming_what() {
 #[test]
 fn staging_moves_nobody_and_says_so() {
     let (world, _) = in_state("staged");
-    let users: Vec<_> = world.table.users().collect();
-    assert_eq!(users[0], ("hanako", HANAKO, "net1", Some("m")));
-    assert_eq!(users[1], ("jiro", JIRO, "net2", None));
+    let seen = |world: &World, nth: usize| {
+        let user = world.table.users().nth(nth).unwrap();
+        (user.name.to_string(), user.spec.mac, user.network.to_string(), user.staged_by.map(str::to_string))
+    };
+    let is = |name: &str, mac, network: &str, by: Option<&str>| {
+        (name.to_string(), mac, network.to_string(), by.map(str::to_string))
+    };
+    assert_eq!(seen(&world, 0), is("hanako", HANAKO, "net1", Some("m")));
+    assert_eq!(seen(&world, 1), is("jiro", JIRO, "net2", None));
     let (world, _) = in_state("switched");
-    assert_eq!(world.table.users().nth(2), Some(("taro", TARO, "net2", Some("m"))));
+    assert_eq!(seen(&world, 2), is("taro", TARO, "net2", Some("m")));
     let view = world.table.switches().next().unwrap();
     assert_eq!((view.state, view.from, view.to, view.users), ("switched", "net1", "net2", 2));
     let (world, _) = in_state("finished");
-    assert_eq!(world.table.users().nth(2), Some(("taro", TARO, "net2", None)));
+    assert_eq!(seen(&world, 2), is("taro", TARO, "net2", None));
     assert_eq!(world.table.switches().count(), 0);
 }
 
@@ -387,7 +393,7 @@ fn staging_moves_nobody_and_says_so() {
 fn a_stage_that_fails_leaves_nothing() {
     let (mut world, _) = in_state("staging");
     world.table.stage_failed("m");
-    assert_eq!(world.table.users().find(|u| u.3.is_some()), None);
+    assert_eq!(world.table.users().find(|u| u.staged_by.is_some()), None);
     assert_eq!(world.write("m"), Err(Refusal::NotStaged("m".into())), "a second call of it finds it gone");
     world.stage("m", BOTH, "net1", "net3").unwrap();
     // one that is written is not undone by a late failure of another call

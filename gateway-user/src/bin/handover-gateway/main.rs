@@ -4,6 +4,8 @@
 //! the programs are detached, and the gateway forwards nothing; with `pin_dir` in the configuration it forwards on, until
 //! `handover-gateway detach`.
 
+mod ask;
+
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
@@ -13,6 +15,7 @@ use handover_gateway::{
     config::Config,
     pins,
     service::Gateway,
+    socket::Socket,
     state::{StateError, Store},
 };
 use tokio::{
@@ -43,6 +46,21 @@ enum Verb {
     Check,
     /// Take down the data path that outlived the daemon: programs, maps, and what was changed at the interfaces
     Detach,
+    /// What the gateway is, what it is attached to, and what became of the frames
+    Status(Format),
+    /// Who is on which network
+    Users(Format),
+    /// The networks and their routers
+    Networks(Format),
+    /// The switches under way
+    Switches(Format),
+}
+
+#[derive(clap::Args)]
+struct Format {
+    /// How to print it
+    #[arg(short, long, value_enum, default_value_t = ask::Output::Table)]
+    output: ask::Output,
 }
 
 fn main() -> ExitCode {
@@ -75,13 +93,18 @@ fn act(arguments: &Arguments) -> Result<(), (u8, anyhow::Error)> {
     let tls = Tls::load(&config.tls)
         .with_context(|| format!("certificates of configuration {}", arguments.config.display()))
         .map_err(bad)?;
-    match arguments.verb {
+    let (what, output) = match &arguments.verb {
         Some(Verb::Check) => {
             println!("{}: good", arguments.config.display());
-            Ok(())
+            return Ok(());
         }
-        _ => run(&config, &tls).map_err(failed),
-    }
+        None | Some(Verb::Detach) => return run(&config, &tls).map_err(failed),
+        Some(Verb::Status(format)) => (ask::What::Status, format.output),
+        Some(Verb::Users(format)) => (ask::What::Users, format.output),
+        Some(Verb::Networks(format)) => (ask::What::Networks, format.output),
+        Some(Verb::Switches(format)) => (ask::What::Switches, format.output),
+    };
+    ask::ask(&config, &tls, what, output).map_err(failed)
 }
 
 fn detach(config: &Config) -> anyhow::Result<()> {
@@ -115,14 +138,31 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
         TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
     let mut server =
         tonic::transport::Server::builder().tls_config(tls.server()).context("using the certificates")?;
+    let local = config.socket.as_deref().map(Socket::bind).transpose()?;
     let gateway = Gateway::start(config)?;
-    let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-    let serving = server.add_service(gateway.service()).serve_with_incoming_shutdown(
-        TcpIncoming::from(listener).with_nodelay(Some(true)),
-        async {
-            let _ = stopped.await;
-        },
-    );
+    let (stop, stopped) = tokio::sync::watch::channel(false);
+    let stopped = || {
+        let mut stopped = stopped.clone();
+        async move {
+            let _ = stopped.wait_for(|stop| *stop).await;
+        }
+    };
+    let serving = server
+        .add_service(gateway.service())
+        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped());
+    let serving_locally = async {
+        match local {
+            None => Ok(()),
+            Some(socket) => {
+                let (incoming, _remove) = socket.incoming();
+                tonic::transport::Server::builder()
+                    .add_service(gateway.service())
+                    .serve_with_incoming_shutdown(incoming, stopped())
+                    .await
+            }
+        }
+    };
+    let serving = async { tokio::try_join!(serving, serving_locally).map(|_| ()) };
     tokio::pin!(serving);
     info!(name = config.name, listen = %config.listen, "ready");
     tokio::select! {
@@ -131,7 +171,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
         _ = interrupt.recv() => info!("SIGINT"),
     }
     // programs that are not pinned go with the process; calls under way get their answers first
-    let _ = stop.send(());
+    let _ = stop.send(true);
     match tokio::time::timeout(LAST_CALLS, serving).await {
         Ok(ended) => ended.context("serving"),
         Err(_) => Ok(()),

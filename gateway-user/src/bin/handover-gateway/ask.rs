@@ -1,0 +1,263 @@
+//! `handover-gateway status|users|networks|switches`: asks the daemon of this configuration, over its local socket or, if it
+//! has none, over TLS with the gateway's own certificate.
+
+use std::{
+    io::{self, ErrorKind, Write as _},
+    path::Path,
+    time::Duration,
+};
+
+use anyhow::{Context as _, anyhow};
+use clap::ValueEnum;
+use comfy_table::{CellAlignment, Table, presets};
+use handover_api::{
+    tls::{Role, Tls},
+    v1::{self, gateway_client::GatewayClient},
+};
+use handover_gateway::config::Config;
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::UnixStream;
+use tonic::transport::{Channel, Endpoint};
+
+/// How long an answer may take.
+const PATIENCE: Duration = Duration::from_secs(10);
+
+/// How data is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Output {
+    /// For people
+    Table,
+    /// For programs
+    Json,
+}
+
+/// What is asked.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum What {
+    /// What it is and what became of the frames.
+    Status,
+    /// Who is where.
+    Users,
+    /// The networks.
+    Networks,
+    /// The switches under way.
+    Switches,
+}
+
+/// Asks and prints.
+#[tokio::main(flavor = "current_thread")]
+pub async fn ask(config: &Config, tls: &Tls, what: What, output: Output) -> anyhow::Result<()> {
+    let channel = match &config.socket {
+        Some(path) => local(path).await?,
+        None => tls
+            .connect(Role::Gateway, &config.name, &config.listen.to_string())
+            .await
+            .context("no gateway answers there: start the daemon of this configuration")?,
+    };
+    // a full table of users is some 100 MB
+    let mut client = GatewayClient::new(channel).max_decoding_message_size(256 << 20);
+    let status = tokio::time::timeout(PATIENCE, client.status(v1::GatewayStatusRequest {}))
+        .await
+        .map_err(|_| anyhow!("gateway {} did not answer within {} s", config.name, PATIENCE.as_secs()))?
+        .map_err(|status| anyhow!("gateway {}: {}", config.name, status.message()))?
+        .into_inner();
+    let text = match output {
+        Output::Json => serde_json::to_string_pretty(&to_json(what, &status))?,
+        Output::Table => to_table(what, &status),
+    };
+    match writeln!(io::stdout(), "{text}") {
+        // a reader that has gone away
+        Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => Ok(result?),
+    }
+}
+
+async fn local(path: &Path) -> anyhow::Result<Channel> {
+    let shown = path.display();
+    // connected here first: the reason why it fails is lost in the channel
+    let stream = UnixStream::connect(path).await.map_err(|e| match e.kind() {
+        ErrorKind::NotFound | ErrorKind::ConnectionRefused => {
+            anyhow!("nobody listens on the socket {shown}: start the daemon of this configuration")
+        }
+        ErrorKind::PermissionDenied => {
+            anyhow!(
+                "not allowed to use the socket {shown}: ask as a member of the group that owns it, or as root"
+            )
+        }
+        _ => anyhow::Error::from(e).context(format!("socket {shown}")),
+    })?;
+    let mut stream = Some(stream);
+    let path = path.to_owned();
+    let connector = tower::service_fn(move |_| {
+        let (first, path) = (stream.take(), path.clone());
+        async move {
+            match first {
+                Some(stream) => Ok(TokioIo::new(stream)),
+                None => UnixStream::connect(path).await.map(TokioIo::new),
+            }
+        }
+    });
+    Endpoint::from_static("http://gateway")
+        .connect_with_connector(connector)
+        .await
+        .with_context(|| format!("socket {shown}"))
+}
+
+/// An empty text is nothing.
+fn given(text: &str) -> Option<&str> {
+    (!text.is_empty()).then_some(text)
+}
+
+fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
+    match what {
+        What::Status => json!({
+            "name": status.name,
+            "version": status.version,
+            "boot_id": status.boot_id,
+            "revision": status.revision,
+            "pin_dir": given(&status.pin_dir),
+            "interfaces": status.interfaces.iter().map(|i| json!({
+                "role": i.role, "name": i.name, "attach_mode": i.attach_mode,
+            })).collect::<Value>(),
+            "networks": status.networks.len(),
+            "users": status.users.len(),
+            "switches": status.switches.len(),
+            "counters": status.counters.iter().map(|c| (c.name.clone(), c.frames.into()))
+                .collect::<serde_json::Map<_, _>>(),
+        }),
+        What::Users => status
+            .users
+            .iter()
+            .map(|u| {
+                json!({
+                    "name": u.name, "mac": u.mac, "addresses": u.addresses, "network": u.network,
+                    "staged_by": given(&u.staged_by),
+                })
+            })
+            .collect(),
+        What::Networks => status
+            .networks
+            .iter()
+            .map(|n| {
+                json!({
+                    "name": n.name, "vid": n.vid, "router_address": n.router_address,
+                    "router_mac": given(&n.router_mac),
+                })
+            })
+            .collect(),
+        What::Switches => status
+            .switches
+            .iter()
+            .map(|s| {
+                json!({
+                    "migration": s.migration, "state": s.state, "from": s.from_network, "to": s.to_network,
+                    "users": s.users, "switch": s.switch, "generation": s.generation,
+                    "window_ns": s.window_ns,
+                })
+            })
+            .collect(),
+    }
+}
+
+fn to_table(what: What, status: &v1::GatewayStatus) -> String {
+    match what {
+        What::Status => {
+            let pinned = given(&status.pin_dir).unwrap_or("no, the data path ends with the daemon");
+            let revision = match status.revision {
+                0 => "never configured".to_string(),
+                revision => revision.to_string(),
+            };
+            let summary = lines(
+                &[],
+                &[],
+                vec![
+                    vec!["gateway".into(), format!("{}, version {}", status.name, status.version)],
+                    vec!["revision".into(), revision],
+                    vec!["pinned".into(), pinned.into()],
+                    vec!["networks".into(), status.networks.len().to_string()],
+                    vec!["users".into(), status.users.len().to_string()],
+                    vec!["switches".into(), status.switches.len().to_string()],
+                ],
+            );
+            let interfaces = status
+                .interfaces
+                .iter()
+                .map(|i| vec![i.role.clone(), i.name.clone(), i.attach_mode.clone()])
+                .collect();
+            let counters: Vec<_> = status
+                .counters
+                .iter()
+                .filter(|c| c.frames > 0)
+                .map(|c| vec![c.name.clone(), c.frames.to_string()])
+                .collect();
+            let counters = if counters.is_empty() {
+                "no frames yet".into()
+            } else {
+                lines(&["OUTCOME", "FRAMES"], &[1], counters)
+            };
+            format!(
+                "{summary}\n\n{}\n\n{counters}",
+                lines(&["SIDE", "INTERFACE", "ATTACHED"], &[], interfaces),
+            )
+        }
+        What::Users => {
+            let row = |u: &v1::UserStatus| {
+                let staged = given(&u.staged_by).unwrap_or("-").to_string();
+                vec![u.name.clone(), u.network.clone(), u.mac.clone(), u.addresses.join(" "), staged]
+            };
+            lines(
+                &["USER", "NETWORK", "MAC", "ADDRESSES", "STAGED BY"],
+                &[],
+                status.users.iter().map(row).collect(),
+            )
+        }
+        What::Networks => {
+            let row = |n: &v1::NetworkStatus| {
+                let vid = n.vid.map_or_else(|| "untagged".into(), |vid| vid.to_string());
+                let mac = given(&n.router_mac).unwrap_or("not known").to_string();
+                vec![n.name.clone(), vid, n.router_address.clone(), mac]
+            };
+            lines(
+                &["NETWORK", "VID", "ROUTER", "ROUTER MAC"],
+                &[1],
+                status.networks.iter().map(row).collect(),
+            )
+        }
+        What::Switches => {
+            let row = |s: &v1::SwitchStatus| {
+                let window = s.window_ns.map_or_else(|| "-".into(), |ns| format!("{ns} ns"));
+                vec![
+                    s.migration.clone(),
+                    s.state.clone(),
+                    s.from_network.clone(),
+                    s.to_network.clone(),
+                    s.users.to_string(),
+                    window,
+                ]
+            };
+            lines(
+                &["MIGRATION", "STATE", "FROM", "TO", "USERS", "WINDOW"],
+                &[4, 5],
+                status.switches.iter().map(row).collect(),
+            )
+        }
+    }
+}
+
+/// Columns that line up; those in `right` to the right.
+fn lines(header: &[&str], right: &[usize], rows: Vec<Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    if !header.is_empty() {
+        table.set_header(header);
+    }
+    table.add_rows(rows);
+    for (i, column) in table.column_iter_mut().enumerate() {
+        column.set_padding((0, 2));
+        if right.contains(&i) {
+            column.set_cell_alignment(CellAlignment::Right);
+        }
+    }
+    table.lines().map(|line| line.trim_end().to_owned()).collect::<Vec<_>>().join("\n")
+}

@@ -240,6 +240,11 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
                 view.steps.push(step(&name, actor, *sent_us, now, "failed", reason));
             }
         }
+        Event::Cancelled { step: under_way, by } => {
+            view.failed_step = under_way.to_string();
+            view.reason = format!("cancelled by {by}");
+            view.steps.push(step("cancel", by, now, now, "done", ""));
+        }
         Event::Decided { decision } => {
             let detail = match decision {
                 Decision::Commit => "COMMIT",

@@ -13,7 +13,7 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    controller::{ApplyError, Controller, MigrateError},
+    controller::{ApplyError, CancelError, Controller, MigrateError},
     report,
     session::{Outcome, State},
     triggers,
@@ -179,6 +179,21 @@ impl v1::controller_server::Controller for Service {
     ) -> Result<Response<v1::Session>, Status> {
         require_role(&request, LOOK)?;
         self.find(&request.into_inner().session).map(Response::new)
+    }
+
+    async fn cancel_session(
+        &self,
+        request: Request<v1::CancelSessionRequest>,
+    ) -> Result<Response<v1::Session>, Status> {
+        let peer = require_role(&request, ACT)?;
+        let id = request.into_inner().session;
+        tracing::info!(%peer, session = id, "cancel");
+        match self.0.cancel(&id, "operator").await {
+            Ok(session) => Ok(Response::new(report::session(&session))),
+            Err(CancelError::Unknown(_)) => self.find(&id).map(Response::new),
+            Err(e @ CancelError::TooLate { .. }) => Err(Status::failed_precondition(e.to_string())),
+            Err(e @ CancelError::Stopping(_)) => Err(Status::unavailable(e.to_string())),
+        }
     }
 
     type WatchSessionStream = Pin<Box<dyn Stream<Item = Result<v1::Session, Status>> + Send>>;

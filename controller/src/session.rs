@@ -9,8 +9,8 @@
 //!     v
 //!  Staging   (Staged by each gateway, Prepared by the source; in parallel)      \
 //!     | all                                                                      |
-//!     v                                                                          |
-//!  Freezing                                                                      |  Failed
+//!     v                                                                          |  Failed,
+//!  Freezing                                                                      |  Cancelled
 //!     | Frozen (the vote)                                                        |
 //!     v                                                                          |
 //!  Switching (Switched by each gateway)                                          |
@@ -327,6 +327,13 @@ pub enum Event {
         /// When asked.
         sent_us: u64,
     },
+    /// Somebody gave it up before the decision.
+    Cancelled {
+        /// The step that was under way.
+        step: Step,
+        /// Who.
+        by: String,
+    },
     /// The commit point.
     Decided {
         /// Which way.
@@ -381,6 +388,7 @@ impl Event {
             Self::Switched { .. } => "switched",
             Self::Yielded { .. } => "yielded",
             Self::Failed { .. } => "failed",
+            Self::Cancelled { .. } => "cancelled",
             Self::Decided { .. } => "decided",
             Self::Resumed { .. } => "resumed",
             Self::Ended { .. } => "ended",
@@ -395,7 +403,11 @@ impl Event {
     pub fn forced(&self) -> bool {
         !matches!(
             self,
-            Self::Frozen { .. } | Self::Switched { .. } | Self::Yielded { .. } | Self::Failed { .. }
+            Self::Frozen { .. }
+                | Self::Switched { .. }
+                | Self::Yielded { .. }
+                | Self::Failed { .. }
+                | Self::Cancelled { .. }
         )
     }
 }
@@ -725,10 +737,12 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
         (S::Yielding, E::Yielded { .. }) => commit(),
 
-        // A failure, or the end of the controller itself, before the decision.
-        (S::Preflight, E::Failed { .. }) => give_up(Reach::Nothing),
-        (S::Staging { .. }, E::Failed { .. }) => give_up(Reach::Staged),
-        (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. }) => give_up(Reach::Frozen),
+        // A failure, the end of the controller itself, or an operator's word, before the decision.
+        (S::Preflight, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Nothing),
+        (S::Staging { .. }, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Staged),
+        (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. } | E::Cancelled { .. }) => {
+            give_up(Reach::Frozen)
+        }
         (S::Deciding { decision: Decision::Commit, reach }, E::Failed { .. }) => give_up(*reach),
 
         (S::Deciding { decision: Decision::Commit, .. }, E::Decided { decision: Decision::Commit }) => {
@@ -903,6 +917,12 @@ impl Session {
     /// What has to be under way.
     pub fn outstanding(&self) -> BTreeSet<Command> {
         outstanding(&self.plan, &self.state)
+    }
+
+    /// What gives it up, while that can be done: the decision is not being written.
+    pub fn cancellation(&self, by: &str) -> Option<Event> {
+        let step = self.state.undecided().filter(|s| *s != Step::Decision)?;
+        Some(Event::Cancelled { step, by: by.into() })
     }
 
     /// How a restarted controller goes on. Before the decision: by failing (which leads to ABORT); the event that says

@@ -99,6 +99,7 @@ fn events(plan: &Arc<Plan>) -> Vec<(&'static str, Event)> {
         ("switched", Event::Switched { gateway: gw(), window_ns: 0, store_latency_ns: 0, sent_us: 0 }),
         ("yielded", Event::Yielded { sent_us: 0 }),
         ("failed", failed(Step::Stage)),
+        ("cancel", Event::Cancelled { step: Step::Stage, by: "operator".into() }),
         ("COMMIT", Event::Decided { decision: Decision::Commit }),
         ("ABORT", Event::Decided { decision: Decision::Abort }),
         ("resumed", Event::Resumed { pid: 7, sent_us: 0 }),
@@ -155,13 +156,13 @@ fn states() -> Vec<(&'static str, State)> {
 /// One line per state; `event -> state` for each event that can happen. Everything else is refused.
 const TABLE: &str = "
     New             req -> Preflight
-    Preflight       chk-ok -> Staging, chk-err -> Refused, failed -> Abort?0
-    Staging         staged -> Staging+G, prep -> Staging+P, failed -> Abort?1
-    Staging+G       prep -> Freezing, failed -> Abort?1
-    Staging+P       staged -> Freezing, failed -> Abort?1
-    Freezing        frozen -> Switching, failed -> Abort?2
-    Switching       switched -> Yielding, failed -> Abort?2
-    Yielding        yielded -> Commit?, failed -> Abort?2
+    Preflight       chk-ok -> Staging, chk-err -> Refused, failed -> Abort?0, cancel -> Abort?0
+    Staging         staged -> Staging+G, prep -> Staging+P, failed -> Abort?1, cancel -> Abort?1
+    Staging+G       prep -> Freezing, failed -> Abort?1, cancel -> Abort?1
+    Staging+P       staged -> Freezing, failed -> Abort?1, cancel -> Abort?1
+    Freezing        frozen -> Switching, failed -> Abort?2, cancel -> Abort?2
+    Switching       switched -> Yielding, failed -> Abort?2, cancel -> Abort?2
+    Yielding        yielded -> Commit?, failed -> Abort?2, cancel -> Abort?2
     Commit?         COMMIT -> Resuming, failed -> Abort?2
     Abort?0         ABORT -> RolledBack()
     Abort?1         ABORT -> Aborting1(SDG)

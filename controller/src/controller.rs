@@ -29,7 +29,8 @@ use crate::{
     inventory::{self, Change, InventoryError},
     journal::{Journal, JournalError},
     peers::{self, Kind, Peer, Peers, Seen},
-    session::{Entry, Event, Finding, Plan, Session, State},
+    report,
+    session::{Decision, Entry, Event, Finding, Plan, Session, State},
     triggers,
     world::{Record, RequestError, World, WorldError},
 };
@@ -111,6 +112,22 @@ pub enum CancelError {
         /// In words, with what can be done instead.
         why: String,
     },
+    /// The controller ends; what became of it is in its journal.
+    #[error(
+        "the controller is stopping; `handover sessions show {0}` tells what became of it when it is back"
+    )]
+    Stopping(String),
+}
+
+/// Why a session was not resolved.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// No such session.
+    #[error("there is no session `{0}`")]
+    Unknown(String),
+    /// It is in no doubt, or cannot go that way.
+    #[error("{0}")]
+    Refused(String),
     /// The controller ends; what became of it is in its journal.
     #[error(
         "the controller is stopping; `handover sessions show {0}` tells what became of it when it is back"
@@ -297,6 +314,33 @@ impl Controller {
             Some(true) => Ok(session),
             None if session.state.undecided().is_some() => Err(CancelError::Stopping(id.into())),
             Some(false) | None => Err(CancelError::TooLate { session: id.into(), why: too_late(&session) }),
+        }
+    }
+
+    /// What an operator has to know before resolving; nothing is done.
+    ///
+    /// # Errors
+    /// [`ResolveError`].
+    pub fn account(&self, id: &str, decision: Decision) -> Result<Vec<String>, ResolveError> {
+        let session = self.session(id).ok_or_else(|| ResolveError::Unknown(id.into()))?;
+        report::account(&session, decision).map_err(ResolveError::Refused)
+    }
+
+    /// Ends the doubt of a session by an operator's word. Returns it once that is durable.
+    ///
+    /// # Errors
+    /// [`ResolveError`]; the session goes on as if nobody had asked.
+    pub async fn resolve(&self, id: &str, decision: Decision, by: &str) -> Result<Session, ResolveError> {
+        self.account(id, decision)?;
+        let done = self.order(id, Wish::Resolve(decision), by).await;
+        let session = self.session(id).ok_or_else(|| ResolveError::Unknown(id.into()))?;
+        match done {
+            Some(true) => Ok(session),
+            Some(false) => Err(ResolveError::Refused(format!(
+                "session {id} has gone on meanwhile and is {}",
+                session.state.name()
+            ))),
+            None => Err(ResolveError::Stopping(id.into())),
         }
     }
 

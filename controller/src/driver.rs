@@ -71,6 +71,8 @@ pub(crate) struct Order {
 pub(crate) enum Wish {
     /// Give it up, before the decision.
     Cancel,
+    /// End the doubt.
+    Resolve(Decision),
 }
 
 /// Runs a session that has just been requested, or goes on with one after a restart (`clock: None`).
@@ -158,6 +160,7 @@ impl Driver {
     async fn obey(&mut self, order: Order) -> Result<(), Fatal> {
         let event = match order.what {
             Wish::Cancel => self.session.cancellation(&order.by),
+            Wish::Resolve(decision) => Some(Event::Resolved { decision, by: order.by.clone() }),
         };
         let can = event.as_ref().is_some_and(|e| self.session.check(e).is_ok());
         if let Some(event) = event.filter(|_| can) {
@@ -227,6 +230,7 @@ impl Driver {
             command: command.clone(),
             clock: self.clock,
             memory_bytes: memory_bytes.unwrap_or(0),
+            resolved: self.session.log.iter().any(|e| matches!(e.event, Event::Resolved { .. })),
             events: self.events.clone(),
         };
         self.calls.insert(command, self.tasks.spawn(call.run()));

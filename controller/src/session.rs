@@ -38,6 +38,10 @@
 //!   is no longer outstanding is cancelled;
 //! - an event that cannot happen is refused and changes nothing, live and on replay.
 //!
+//! A session whose service waits for somebody who does not answer (`Resuming`, `Aborting` with the source late) or whose
+//! original is gone (`SourceDead`) needs an operator, who can end the doubt (`Resolved`): it goes on as if that side had
+//! answered, or, before the destination has resumed, back. This alone may follow a COMMIT by an undo.
+//!
 //! Which events have to be durable before their effects: *Requested* (it names whom to undo) and *Decided*. Nothing else
 //! announces an effect that a restart would have to know: without a decision it aborts (presumed abort), so the votes
 //! between freeze and decision are written together with the decision, in one fsync ([`Event::forced`]).
@@ -358,6 +362,13 @@ pub enum Event {
         /// When asked.
         sent_us: u64,
     },
+    /// An operator ended the doubt: where the service is, by the operator's word.
+    Resolved {
+        /// COMMIT: at the destination. ABORT: at the source.
+        decision: Decision,
+        /// Who.
+        by: String,
+    },
     /// A participant has undone everything.
     Undone {
         /// Who.
@@ -393,6 +404,7 @@ impl Event {
             Self::Resumed { .. } => "resumed",
             Self::Ended { .. } => "ended",
             Self::Finished { .. } => "finished",
+            Self::Resolved { .. } => "resolved",
             Self::Undone { .. } => "undone",
             Self::Unconfirmed { .. } => "unconfirmed",
         }
@@ -768,6 +780,32 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
         (S::Resuming { .. }, E::Unconfirmed { participant: Participant::Destination, reason }) => {
             S::Resuming { stuck: Some(reason.clone()) }
+        }
+
+        // An operator knows better than who does not answer. What was decided ABORT may have been carried out by the
+        // destination already, so it cannot become COMMIT.
+        (S::Resuming { stuck: Some(_) }, E::Resolved { decision: Decision::Commit, .. }) => {
+            let mut open: Open =
+                plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
+            open.insert(Participant::Source, None);
+            S::Ending { open }
+        }
+        (S::Resuming { stuck: Some(_) }, E::Resolved { decision: Decision::Abort, .. }) => {
+            let mut open: Open =
+                plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
+            open.insert(Participant::Source, None);
+            open.insert(Participant::Destination, None);
+            S::Aborting { frozen: true, open }
+        }
+        (S::Aborting { frozen, open }, E::Resolved { decision: Decision::Abort, .. })
+            if matches!(open.get(&Participant::Source), Some(Some(_))) =>
+        {
+            let mut open = open.clone();
+            open.remove(&Participant::Source);
+            undone(*frozen, open)
+        }
+        (S::SourceDead { open }, E::Resolved { decision: Decision::Abort, .. }) => {
+            S::RolledBack { open: open.clone() }
         }
 
         (S::Ending { open }, E::Ended { .. } | E::Finished { .. }) => {

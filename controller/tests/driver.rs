@@ -542,3 +542,51 @@ async fn what_is_committed_cannot_be_cancelled() {
     assert!(late.to_string().contains("it is completed"), "{late}");
     assert_eq!(place(&c), there());
 }
+
+/// A migration that is committed, with the destination gone: its copy cannot be resumed.
+async fn in_doubt(f: &Fixture, c: &Arc<Controller>) -> String {
+    f.stage.fault("main-server yield", Fault::ThenDown("backup-server"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = until(c, &id, |s| s.state.outcome() == Outcome::NeedsOperator).await;
+    assert!(matches!(s.state, State::Resuming { .. }), "{:?}", s.state);
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_takes_a_stuck_migration_back() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = in_doubt(&f, &c).await;
+    let account = c.account(&id, Decision::Abort).unwrap().join("\n");
+    assert!(account.contains("risk:   if the copy has been resumed at backup-server"), "{account}");
+    assert!(matches!(c.session(&id).unwrap().state, State::Resuming { .. }), "an account does nothing");
+    // a gateway that was started again knows only the network of after COMMIT
+    f.gateway.reboot();
+    c.resolve(&id, Decision::Abort, "operator").await.unwrap();
+    assert_eq!(place(&c), here());
+    let s = until(&c, &id, |s| s.state.outcome() == Outcome::RolledBack).await;
+    assert_eq!(f.stage.count("main-server abort film-1"), 1);
+    assert_eq!(f.stage.count("main-server end film-1"), 0);
+    assert_eq!(report::session(&s).pending.len(), 1, "the destination is told when it is back");
+    let on = async {
+        while f.gateway.state.lock().unwrap().users.get("taro").is_none_or(|n| n != "net1") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, on).await.expect("the user is back on the network of the source");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_finishes_a_stuck_migration() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = in_doubt(&f, &c).await;
+    c.resolve(&id, Decision::Commit, "operator").await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed);
+    assert_eq!(f.stage.count("main-server end film-1"), 1);
+    assert_eq!(place(&c), there());
+    // and only what needs an operator is resolved
+    let err = c.resolve(&id, Decision::Abort, "operator").await.unwrap_err();
+    assert!(err.to_string().contains("needs no operator"), "{err}");
+}

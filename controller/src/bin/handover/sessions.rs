@@ -39,6 +39,23 @@ pub enum Verb {
         #[arg(long)]
         wait: bool,
     },
+    /// Ends the doubt of one that needs an operator (exit code 6), by your word.
+    ///
+    /// Says what is known, what will be done and what is risked; does it only with `--yes`. Ends with 1 without `--yes`.
+    #[command(group = clap::ArgGroup::new("way").required(true).args(["commit", "abort"]))]
+    Resolve {
+        /// Its name, e.g. film-1.
+        id: String,
+        /// The service is at the destination.
+        #[arg(long)]
+        commit: bool,
+        /// The service is, or goes back, at the source.
+        #[arg(long)]
+        abort: bool,
+        /// The account was read, and what is to be done first has been done.
+        #[arg(long)]
+        yes: bool,
+    },
     /// Follows one to its outcome.
     Watch {
         /// Its name, e.g. film-1.
@@ -77,6 +94,28 @@ pub async fn run(verb: Verb, to: &Where, format: Format) -> anyhow::Result<Exit>
                      all is undone",
                     session.state, session.from_site
                 ),
+            }
+        }
+        Verb::Resolve { id, commit, abort: _, yes } => {
+            use v1::resolve_session_request::Resolution;
+            let resolution = if commit { Resolution::Commit } else { Resolution::Abort };
+            let request = v1::ResolveSessionRequest {
+                session: id.clone(),
+                resolution: resolution.into(),
+                confirmed: yes,
+            };
+            let answer = client.resolve_session(request).await.map_err(Refused::from)?.into_inner();
+            for line in &answer.account {
+                eprintln!("{line}");
+            }
+            if !yes {
+                eprintln!("nothing was done; with --yes it is");
+                return Ok(Exit::Error);
+            }
+            let session = answer.session.unwrap_or_default();
+            match format {
+                Format::Json => output::print_json(&output::session_json(&session)?)?,
+                Format::Table => eprintln!("session {id} is resolved: {}", session.state),
             }
         }
         Verb::Watch { id } => return migrate::watch(client, to, &id, None, format).await,

@@ -35,6 +35,8 @@ pub(crate) struct Call {
     pub command: Command,
     pub clock: Clock,
     pub memory_bytes: u64,
+    /// An operator has ended its doubt.
+    pub resolved: bool,
     pub events: UnboundedSender<(Command, Event)>,
 }
 
@@ -196,6 +198,11 @@ impl Call {
                     Participant::Gateway(g) => {
                         let request = v1::AbortSwitchRequest { migration };
                         self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        if self.resolved {
+                            // one that was started again after COMMIT has been told the new network
+                            let back = format!("{}-back", self.plan.id);
+                            self.see_users_on(g, &self.plan.from.network, &back).await?;
+                        }
                         false
                     }
                     Participant::Source | Participant::Destination => {
@@ -219,31 +226,36 @@ impl Call {
         let again = format!("{}-again", plan.id);
         let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
         self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?;
+        self.see_users_on(gateway, &plan.to.network, &again).await
+    }
+
+    /// Moves those users of the migration who are on another network than `network`, as migration `again`.
+    async fn see_users_on(&self, gateway: &str, network: &str, again: &str) -> Result<(), Status> {
         let mut status = self.status(gateway).await?;
         if status.switches.iter().any(|s| s.migration == again && s.state == "switched") {
-            self.finish_again(gateway, &again).await?;
+            self.finish_again(gateway, again).await?;
             status = self.status(gateway).await?;
         }
-        let Some((from, users)) = self.strayed(gateway, &status) else { return Ok(()) };
-        tracing::warn!(session = %plan.id, gateway, ?users, %from, "the gateway has forgotten the switch: switched again");
+        let Some((from, users)) = self.strayed(gateway, network, &status) else { return Ok(()) };
+        tracing::warn!(session = %self.plan.id, gateway, ?users, %from, %network, "users strayed: switched again");
         let mut client = self.gateway(gateway)?;
         let request = v1::StageRequest {
-            migration: again.clone(),
+            migration: again.to_owned(),
             users: users.clone(),
             from_network: from,
-            to_network: plan.to.network.clone(),
+            to_network: network.to_owned(),
         };
         let staged = client.stage(with_deadline(request, CONFIRM)).await?.into_inner();
         let request = v1::SwitchRequest {
-            migration: again.clone(),
+            migration: again.to_owned(),
             switch: staged.switch,
             generation: staged.generation,
             users,
-            to_network: plan.to.network.clone(),
+            to_network: network.to_owned(),
         };
         client.switch(with_deadline(request, CONFIRM)).await?;
-        self.finish_again(gateway, &again).await?;
-        match self.strayed(gateway, &self.status(gateway).await?) {
+        self.finish_again(gateway, again).await?;
+        match self.strayed(gateway, network, &self.status(gateway).await?) {
             None => Ok(()),
             Some((network, users)) => {
                 Err(Status::failed_precondition(format!("{} still on network {network}", users.join(", "))))
@@ -263,11 +275,15 @@ impl Call {
         Ok(self.gateway(gateway)?.status(request).await?.into_inner())
     }
 
-    /// Switched users that the gateway has on another network, and the network of the first of them.
-    fn strayed(&self, gateway: &str, status: &v1::GatewayStatus) -> Option<(String, Vec<String>)> {
+    /// Users of the migration that the gateway has on another network, and the network of the first of them.
+    fn strayed(
+        &self,
+        gateway: &str,
+        network: &str,
+        status: &v1::GatewayStatus,
+    ) -> Option<(String, Vec<String>)> {
         let mine = self.plan.users_at(gateway);
-        let elsewhere =
-            status.users.iter().filter(|u| mine.contains(&u.name) && u.network != self.plan.to.network);
+        let elsewhere = status.users.iter().filter(|u| mine.contains(&u.name) && u.network != network);
         let network = elsewhere.clone().map(|u| u.network.clone()).next()?;
         let users = elsewhere.filter(|u| u.network == network).map(|u| u.name.clone()).collect();
         Some((network, users))

@@ -7,6 +7,7 @@
 //! - after a failed append the controller stops ([`Fatal`]): what is durable is found out by the next start.
 
 use std::{
+    collections::BTreeMap,
     path::Path,
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
     time::Duration,
@@ -16,15 +17,20 @@ use handover_api::{
     tls::{Tls, TlsError},
     v1,
 };
-use tokio::{sync::watch, time::timeout};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    time::timeout,
+};
 use tonic::Request;
 
 use crate::{
-    calls, driver,
+    calls,
+    driver::{self, Order, Wish},
     inventory::{self, Change, InventoryError},
     journal::{Journal, JournalError},
     peers::{self, Kind, Peer, Peers, Seen},
-    session::{Entry, Event, Finding, Plan, Session},
+    report,
+    session::{Decision, Entry, Event, Finding, Plan, Session, State},
     triggers,
     world::{Record, RequestError, World, WorldError},
 };
@@ -92,6 +98,59 @@ pub enum MigrateError {
     Fatal(#[from] Fatal),
 }
 
+/// Why a session was not given up.
+#[derive(Debug, thiserror::Error)]
+pub enum CancelError {
+    /// No such session.
+    #[error("there is no session `{0}`")]
+    Unknown(String),
+    /// It is decided, or over.
+    #[error("session {session} cannot be cancelled any more: {why}")]
+    TooLate {
+        /// Which.
+        session: String,
+        /// In words, with what can be done instead.
+        why: String,
+    },
+    /// The controller ends; what became of it is in its journal.
+    #[error(
+        "the controller is stopping; `handover sessions show {0}` tells what became of it when it is back"
+    )]
+    Stopping(String),
+}
+
+/// Why a session was not resolved.
+#[derive(Debug, thiserror::Error)]
+pub enum ResolveError {
+    /// No such session.
+    #[error("there is no session `{0}`")]
+    Unknown(String),
+    /// It is in no doubt, or cannot go that way.
+    #[error("{0}")]
+    Refused(String),
+    /// The controller ends; what became of it is in its journal.
+    #[error(
+        "the controller is stopping; `handover sessions show {0}` tells what became of it when it is back"
+    )]
+    Stopping(String),
+}
+
+/// Why there is nothing left to cancel.
+fn too_late(session: &Session) -> String {
+    let plan = &session.plan;
+    let back = format!("`handover migrate {} --to {}`", plan.service, plan.from.site);
+    match &session.state {
+        State::Resuming { .. } | State::Ending { .. } => format!(
+            "COMMIT is durable and it is being finished; when it is completed, {back} brings the service back"
+        ),
+        State::Completed { .. } => format!("it is completed; {back} brings the service back"),
+        State::Aborting { .. } | State::SourceDead { .. } => "it is being undone already".into(),
+        State::RolledBack { .. } => "it was rolled back".into(),
+        State::Refused => "it was refused, nothing was touched".into(),
+        _ => "it is being decided".into(),
+    }
+}
+
 /// The controller.
 #[derive(Debug)]
 pub struct Controller {
@@ -100,6 +159,8 @@ pub struct Controller {
     pub(crate) peers: Peers,
     /// Held from the check of a request or inventory until its record is in.
     accepting: tokio::sync::Mutex<()>,
+    /// Where each driver takes operators' orders.
+    orders: Mutex<BTreeMap<String, mpsc::UnboundedSender<Order>>>,
     /// Counts changes of the world, for those who watch.
     changes: watch::Sender<u64>,
     stopping: watch::Sender<bool>,
@@ -131,13 +192,15 @@ impl Controller {
             journal,
             peers: Peers::new(tls),
             accepting: tokio::sync::Mutex::default(),
+            orders: Mutex::default(),
             changes: watch::Sender::new(0),
             stopping: watch::Sender::new(false),
             fatal: watch::Sender::new(None),
         });
         controller.watch_new_peers(controller.peers.take(&inventory)?);
         for id in unfinished {
-            controller.spawn_driver(id, None);
+            let orders = controller.take_orders(&id);
+            controller.spawn_driver(id, None, orders);
         }
         Ok(controller)
     }
@@ -222,9 +285,81 @@ impl Controller {
         session.ok_or_else(|| Fatal("a record of no session".into()))
     }
 
-    fn spawn_driver(self: &Arc<Self>, id: String, clock: Option<driver::Clock>) {
+    fn orders(&self) -> MutexGuard<'_, BTreeMap<String, mpsc::UnboundedSender<Order>>> {
+        self.orders.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For the driver of a session: what operators want of it from now on.
+    fn take_orders(&self, id: &str) -> mpsc::UnboundedReceiver<Order> {
+        let (sender, orders) = mpsc::unbounded_channel();
+        self.orders().insert(id.to_owned(), sender);
+        orders
+    }
+
+    pub(crate) fn no_more_orders(&self, id: &str) {
+        self.orders().remove(id);
+    }
+
+    /// Gives the session up, if its decision is not being written yet. Returns it once ABORT is durable.
+    ///
+    /// # Errors
+    /// [`CancelError`]; the session goes on as if nobody had asked.
+    pub async fn cancel(&self, id: &str, by: &str) -> Result<Session, CancelError> {
+        if self.session(id).is_none() {
+            return Err(CancelError::Unknown(id.into()));
+        }
+        let done = self.order(id, Wish::Cancel, by).await;
+        let session = self.session(id).ok_or_else(|| CancelError::Unknown(id.into()))?;
+        match done {
+            Some(true) => Ok(session),
+            None if session.state.undecided().is_some() => Err(CancelError::Stopping(id.into())),
+            Some(false) | None => Err(CancelError::TooLate { session: id.into(), why: too_late(&session) }),
+        }
+    }
+
+    /// What an operator has to know before resolving; nothing is done.
+    ///
+    /// # Errors
+    /// [`ResolveError`].
+    pub fn account(&self, id: &str, decision: Decision) -> Result<Vec<String>, ResolveError> {
+        let session = self.session(id).ok_or_else(|| ResolveError::Unknown(id.into()))?;
+        report::account(&session, decision).map_err(ResolveError::Refused)
+    }
+
+    /// Ends the doubt of a session by an operator's word. Returns it once that is durable.
+    ///
+    /// # Errors
+    /// [`ResolveError`]; the session goes on as if nobody had asked.
+    pub async fn resolve(&self, id: &str, decision: Decision, by: &str) -> Result<Session, ResolveError> {
+        self.account(id, decision)?;
+        let done = self.order(id, Wish::Resolve(decision), by).await;
+        let session = self.session(id).ok_or_else(|| ResolveError::Unknown(id.into()))?;
+        match done {
+            Some(true) => Ok(session),
+            Some(false) => Err(ResolveError::Refused(format!(
+                "session {id} has gone on meanwhile and is {}",
+                session.state.name()
+            ))),
+            None => Err(ResolveError::Stopping(id.into())),
+        }
+    }
+
+    /// Hands an order to the session's driver; whether it was done, `None` if there is no driver any more.
+    async fn order(&self, id: &str, what: Wish, by: &str) -> Option<bool> {
+        let driver = self.orders().get(id).cloned()?;
+        let (done, answer) = oneshot::channel();
+        driver.send(Order { what, by: by.into(), done }).ok()?;
+        answer.await.ok()
+    }
+
+    fn spawn_driver(
+        self: &Arc<Self>,
+        id: String,
+        clock: Option<driver::Clock>,
+        orders: mpsc::UnboundedReceiver<Order>,
+    ) {
         // a journal that failed has been reported by `append`
-        tokio::spawn(driver::drive(Arc::clone(self), id, clock));
+        tokio::spawn(driver::drive(Arc::clone(self), id, clock, orders));
     }
 
     /// Applies an inventory. Returns its revision, what it changes, and which gateways could not be told yet.
@@ -287,9 +422,11 @@ impl Controller {
         let entry = Entry { at_us: 0, event: Event::Requested { plan } };
         let record = Record::Session { id: id.clone(), entry };
         self.append(vec![record.clone()]).await?;
+        // before anybody can see it
+        let orders = self.take_orders(&id);
         self.take(&record)?;
         tracing::info!(session = %id, to = request.to_site, trigger = request.trigger, "session requested");
-        self.spawn_driver(id.clone(), Some(clock));
+        self.spawn_driver(id.clone(), Some(clock), orders);
         Ok(id)
     }
 

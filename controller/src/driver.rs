@@ -13,7 +13,7 @@ use std::{
 };
 
 use tokio::{
-    sync::mpsc,
+    sync::{mpsc, oneshot},
     task::{AbortHandle, JoinSet},
 };
 
@@ -55,6 +55,26 @@ impl Clock {
     }
 }
 
+/// What an operator wants of a session under way.
+#[derive(Debug)]
+pub(crate) struct Order {
+    /// What.
+    pub what: Wish,
+    /// Who.
+    pub by: String,
+    /// Whether it was done: answered when what follows from it is durable.
+    pub done: oneshot::Sender<bool>,
+}
+
+/// See [`Order`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Wish {
+    /// Give it up, before the decision.
+    Cancel,
+    /// End the doubt.
+    Resolve(Decision),
+}
+
 /// Runs a session that has just been requested, or goes on with one after a restart (`clock: None`).
 ///
 /// # Errors
@@ -63,6 +83,7 @@ pub(crate) async fn drive(
     controller: Arc<Controller>,
     id: String,
     clock: Option<Clock>,
+    mut orders: mpsc::UnboundedReceiver<Order>,
 ) -> Result<(), Fatal> {
     let Some(session) = controller.session(&id) else { return Ok(()) };
     let (events, mut answers) = mpsc::unbounded_channel();
@@ -77,29 +98,9 @@ pub(crate) async fn drive(
         controller,
     };
     let mut stopping = driver.controller.stopping();
-    if clock.is_none()
-        && let Some(event) = driver.session.recovery("the controller was restarted before the decision")
-    {
-        driver.happen(event).await?;
-    }
-    driver.settle().await?;
-    while !driver.calls.is_empty() {
-        tokio::select! {
-            biased;
-            Some((command, event)) = answers.recv() => {
-                if driver.session.outstanding().contains(&command) {
-                    driver.happen(event).await?;
-                }
-            }
-            () = stopped(&mut stopping), if driver.session.state.undecided().is_some() => {
-                if let Some(event) = driver.session.recovery("the controller was stopped before the decision") {
-                    driver.happen(event).await?;
-                }
-            }
-        }
-        driver.settle().await?;
-    }
-    Ok(())
+    let result = driver.run(clock.is_none(), &mut answers, &mut orders, &mut stopping).await;
+    driver.controller.no_more_orders(&driver.id);
+    result
 }
 
 async fn stopped(stopping: &mut tokio::sync::watch::Receiver<bool>) {
@@ -121,6 +122,56 @@ struct Driver {
 }
 
 impl Driver {
+    async fn run(
+        &mut self,
+        restarted: bool,
+        answers: &mut mpsc::UnboundedReceiver<(Command, Event)>,
+        orders: &mut mpsc::UnboundedReceiver<Order>,
+        stopping: &mut tokio::sync::watch::Receiver<bool>,
+    ) -> Result<(), Fatal> {
+        if restarted
+            && let Some(event) = self.session.recovery("the controller was restarted before the decision")
+        {
+            self.happen(event).await?;
+        }
+        self.settle().await?;
+        while !self.calls.is_empty() {
+            tokio::select! {
+                biased;
+                Some((command, event)) = answers.recv() => {
+                    if self.session.outstanding().contains(&command) {
+                        self.happen(event).await?;
+                    }
+                    self.settle().await?;
+                }
+                Some(order) = orders.recv() => self.obey(order).await?,
+                () = stopped(stopping), if self.session.state.undecided().is_some() => {
+                    if let Some(event) = self.session.recovery("the controller was stopped before the decision") {
+                        self.happen(event).await?;
+                    }
+                    self.settle().await?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Does what an operator wants, if it can be done now; the answer is given when it is durable.
+    async fn obey(&mut self, order: Order) -> Result<(), Fatal> {
+        let event = match order.what {
+            Wish::Cancel => self.session.cancellation(&order.by),
+            Wish::Resolve(decision) => Some(Event::Resolved { decision, by: order.by.clone() }),
+        };
+        let can = event.as_ref().is_some_and(|e| self.session.check(e).is_ok());
+        if let Some(event) = event.filter(|_| can) {
+            self.happen(event).await?;
+            self.settle().await?;
+        }
+        // whoever asked may have gone
+        let _ = order.done.send(can);
+        Ok(())
+    }
+
     /// Something happened: journal it (at once, or with the decision that follows), let the machine take it.
     async fn happen(&mut self, event: Event) -> Result<(), Fatal> {
         if let Err(illegal) = self.session.check(&event) {
@@ -179,6 +230,7 @@ impl Driver {
             command: command.clone(),
             clock: self.clock,
             memory_bytes: memory_bytes.unwrap_or(0),
+            resolved: self.session.log.iter().any(|e| matches!(e.event, Event::Resolved { .. })),
             events: self.events.clone(),
         };
         self.calls.insert(command, self.tasks.spawn(call.run()));

@@ -73,6 +73,96 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
     lines
 }
 
+/// What an operator has to know before ending the doubt of a session: what is known, what will be done, what is risked.
+///
+/// # Errors
+/// Why it cannot be resolved that way, in words.
+pub fn account(session: &Session, decision: Decision) -> Result<Vec<String>, String> {
+    let plan = &*session.plan;
+    let (id, service) = (&plan.id, &plan.service);
+    let (a, b) = (&plan.from.server, &plan.to.server);
+    if session.state.outcome() != Outcome::NeedsOperator {
+        return Err(format!(
+            "session {id} is {}, which needs no operator; only a session whose outcome is `needs operator` is resolved by hand",
+            session.state.name()
+        ));
+    }
+    match (&session.state, decision) {
+        (State::Resuming { stuck }, Decision::Commit) => Ok(vec![
+            format!(
+                "known:  COMMIT is durable. {b} has voted that it holds a restored copy of {service}; the users are switched to {}.",
+                plan.to.network
+            ),
+            format!(
+                "known:  {b} has not confirmed that the copy runs: {}.",
+                stuck.as_deref().unwrap_or("no answer")
+            ),
+            format!("known:  the original stands frozen at {a}."),
+            format!(
+                "does:   takes your word that {service} runs at {b}; ends the original at {a}; finishes the switch."
+            ),
+            format!(
+                "risk:   if {service} does not run at {b}, the original was the last copy, and its state is lost."
+            ),
+            format!(
+                "first:  see with your own eyes that {service} answers at {} from {}.",
+                plan.address, plan.to.site
+            ),
+        ]),
+        (State::Resuming { stuck }, Decision::Abort) => Ok(vec![
+            format!(
+                "known:  COMMIT is durable, and nobody has undone anything. The original stands frozen at {a}."
+            ),
+            format!(
+                "known:  {b} has not confirmed that the copy runs: {}. It may run all the same.",
+                stuck.as_deref().unwrap_or("no answer")
+            ),
+            format!(
+                "does:   turns back: the copy at {b} is discarded if it does not run yet, {service} goes on at {a}, the users go back to {}.",
+                plan.from.network
+            ),
+            format!(
+                "risk:   if the copy has been resumed at {b}, or {b} comes back and has, two copies of {service} run: data that both write is ruined."
+            ),
+            format!(
+                "first:  switch {b} off, or cut it off from all networks, until its migrator has been resolved on the spot."
+            ),
+        ]),
+        (State::SourceDead { .. }, Decision::Abort) => Ok(vec![
+            format!(
+                "known:  ABORT is durable. {a} says that the original of {service} does not run any more."
+            ),
+            format!(
+                "does:   takes your word that {service} is taken care of at {a}; the session counts as rolled back."
+            ),
+            format!("risk:   as long as {service} is not started at {a}, nothing serves the users."),
+            format!("first:  start {service} at {a} by hand."),
+        ]),
+        (State::Aborting { open, .. }, Decision::Abort) => Ok(vec![
+            if session.log.iter().any(|e| matches!(e.event, Event::Decided { decision: Decision::Commit })) {
+                format!("known:  an operator turned a COMMIT back; whether a copy runs at {b} is not known.")
+            } else {
+                "known:  ABORT is durable; the copy is not resumed anywhere.".to_owned()
+            },
+            format!(
+                "known:  {a} has not confirmed that it has undone everything: {}.",
+                open.get(&Participant::Source).and_then(Option::as_deref).unwrap_or("no answer")
+            ),
+            format!("does:   takes your word that {service} runs at {a}, and tells {a} nothing any more."),
+            format!(
+                "risk:   if {a} still holds {service} frozen, it stays so: nothing serves the users until its migrator is resolved on the spot."
+            ),
+            format!(
+                "first:  see with your own eyes that {service} answers at {} from {}.",
+                plan.address, plan.from.site
+            ),
+        ]),
+        _ => Err(format!(
+            "session {id} is decided ABORT: {b} may have discarded the copy already, so it cannot be committed any more; resolve it with --abort, or start {service} where you want it by hand"
+        )),
+    }
+}
+
 /// A finding on the wire.
 pub fn finding(f: &Finding) -> v1::Finding {
     let severity = match f.severity {
@@ -240,12 +330,24 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
                 view.steps.push(step(&name, actor, *sent_us, now, "failed", reason));
             }
         }
+        Event::Cancelled { step: under_way, by } => {
+            view.failed_step = under_way.to_string();
+            view.reason = format!("cancelled by {by}");
+            view.steps.push(step("cancel", by, now, now, "done", ""));
+        }
         Event::Decided { decision } => {
             let detail = match decision {
                 Decision::Commit => "COMMIT",
                 Decision::Abort => "ABORT",
             };
             view.steps.push(step("decision", "controller", now, now, "done", detail));
+        }
+        Event::Resolved { decision, by } => {
+            let detail = match decision {
+                Decision::Commit => "COMMIT, by an operator's word",
+                Decision::Abort => "ABORT, by an operator's word",
+            };
+            view.steps.push(step("resolve", by, now, now, "done", detail));
         }
         Event::Resumed { sent_us, .. } => {
             durable(view, *sent_us);

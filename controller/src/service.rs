@@ -5,7 +5,7 @@
 use std::{pin::Pin, sync::Arc};
 
 use handover_api::{
-    tls::{Role, require_role},
+    tls::{Peer, Role, require_role},
     v1,
 };
 use tokio::sync::mpsc;
@@ -13,9 +13,9 @@ use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
 use crate::{
-    controller::{ApplyError, Controller, MigrateError},
+    controller::{ApplyError, CancelError, Controller, MigrateError, ResolveError},
     report,
-    session::{Outcome, State},
+    session::{Decision, Outcome, State},
     triggers,
     world::{RequestError, World},
 };
@@ -33,6 +33,83 @@ impl Service {
         Self(controller)
     }
 
+    async fn apply_inventory(
+        &self,
+        request: &v1::ApplyRequest,
+    ) -> Result<Response<v1::ApplyResponse>, Status> {
+        match self.0.apply(&request.inventory, request.dry_run).await {
+            Ok((revision, changes, notes)) => {
+                let notes = notes.into_iter().map(|n| format!("! {n}"));
+                let changes = changes.iter().map(ToString::to_string).chain(notes).collect();
+                Ok(Response::new(v1::ApplyResponse { revision, changes }))
+            }
+            Err(e @ ApplyError::Inventory(_)) => Err(Status::invalid_argument(e.to_string())),
+            Err(e @ ApplyError::Against(_)) => Err(Status::failed_precondition(e.to_string())),
+            Err(e @ (ApplyError::Tls(_) | ApplyError::Fatal(_))) => Err(Status::internal(e.to_string())),
+        }
+    }
+
+    /// Answers once preflight has accepted or refused the session (or the session has failed otherwise).
+    async fn request_migration(
+        &self,
+        message: v1::MigrateRequest,
+    ) -> Result<Response<v1::MigrateResponse>, Status> {
+        let dry_run = message.dry_run;
+        let request = triggers::operator(message).map_err(Status::invalid_argument)?;
+        if dry_run {
+            let (plan, findings) = self.0.rehearse(&request).await.map_err(refused)?;
+            return Ok(Response::new(v1::MigrateResponse {
+                session: String::new(),
+                findings: findings.iter().map(report::finding).collect(),
+                plan: report::plan_lines(&plan),
+            }));
+        }
+        let mut changes = self.0.changes();
+        let session = self.0.migrate(&request).await.map_err(|e| match e {
+            MigrateError::Request(e) => refused(e),
+            e @ MigrateError::Stopping => Status::unavailable(e.to_string()),
+            e @ MigrateError::Fatal(_) => Status::internal(e.to_string()),
+        })?;
+        loop {
+            let now = self.0.session(&session);
+            if now.as_ref().is_none_or(|s| s.state != State::Preflight) {
+                let findings = now.map(|s| report::session(&s).findings).unwrap_or_default();
+                return Ok(Response::new(v1::MigrateResponse { session, findings, plan: Vec::new() }));
+            }
+            changes.changed().await.map_err(|_| Status::unavailable("the controller is stopping"))?;
+        }
+    }
+
+    async fn resolve(
+        &self,
+        request: &v1::ResolveSessionRequest,
+    ) -> Result<Response<v1::ResolveSessionResponse>, Status> {
+        use v1::resolve_session_request::Resolution;
+        let (id, confirmed) = (&request.session, request.confirmed);
+        let decision = match request.resolution() {
+            Resolution::Commit => Decision::Commit,
+            Resolution::Abort => Decision::Abort,
+            Resolution::Unspecified => {
+                return Err(Status::invalid_argument("resolution: say commit or abort"));
+            }
+        };
+        let refused = |e: ResolveError| match e {
+            ResolveError::Unknown(_) => match self.find(id) {
+                Ok(_) => Status::unavailable("ask again"),
+                Err(status) => status,
+            },
+            e @ ResolveError::Refused(_) => Status::failed_precondition(e.to_string()),
+            e @ ResolveError::Stopping(_) => Status::unavailable(e.to_string()),
+        };
+        let account = self.0.account(id, decision).map_err(refused)?;
+        let session = if confirmed {
+            report::session(&self.0.resolve(id, decision, "operator").await.map_err(refused)?)
+        } else {
+            self.find(id)?
+        };
+        Ok(Response::new(v1::ResolveSessionResponse { account, session: Some(session) }))
+    }
+
     fn find(&self, id: &str) -> Result<v1::Session, Status> {
         match self.0.session(id) {
             Some(session) => Ok(report::session(&session)),
@@ -41,6 +118,16 @@ impl Service {
                 known_sessions(&self.0.snapshot())
             ))),
         }
+    }
+}
+
+/// Who asked for what, and what came of it: one line for each request that may change something.
+fn audit<T>(peer: &Peer, what: &str, subject: &str, answer: &Result<Response<T>, Status>) {
+    match answer {
+        Ok(_) => tracing::info!(target: "audit", %peer, what, subject, outcome = "done"),
+        Err(status) => tracing::warn!(
+            target: "audit", %peer, what, subject, outcome = "refused", code = ?status.code(), reason = status.message()
+        ),
     }
 }
 
@@ -74,17 +161,10 @@ impl v1::controller_server::Controller for Service {
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
         let peer = require_role(&request, ACT)?;
         let request = request.into_inner();
-        tracing::info!(%peer, dry_run = request.dry_run, "apply");
-        match self.0.apply(&request.inventory, request.dry_run).await {
-            Ok((revision, changes, notes)) => {
-                let notes = notes.into_iter().map(|n| format!("! {n}"));
-                let changes = changes.iter().map(ToString::to_string).chain(notes).collect();
-                Ok(Response::new(v1::ApplyResponse { revision, changes }))
-            }
-            Err(e @ ApplyError::Inventory(_)) => Err(Status::invalid_argument(e.to_string())),
-            Err(e @ ApplyError::Against(_)) => Err(Status::failed_precondition(e.to_string())),
-            Err(e @ (ApplyError::Tls(_) | ApplyError::Fatal(_))) => Err(Status::internal(e.to_string())),
-        }
+        let what = if request.dry_run { "apply --dry-run" } else { "apply" };
+        let answer = self.apply_inventory(&request).await;
+        audit(&peer, what, "inventory", &answer);
+        answer
     }
 
     async fn status(
@@ -128,38 +208,17 @@ impl v1::controller_server::Controller for Service {
         }))
     }
 
-    /// Answers once preflight has accepted or refused the session (or the session has failed otherwise).
     async fn migrate(
         &self,
         request: Request<v1::MigrateRequest>,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
         let peer = require_role(&request, ACT)?;
         let message = request.into_inner();
-        let dry_run = message.dry_run;
-        tracing::info!(%peer, service = message.service, to = message.to_site, dry_run, "migrate");
-        let request = triggers::operator(message).map_err(Status::invalid_argument)?;
-        if dry_run {
-            let (plan, findings) = self.0.rehearse(&request).await.map_err(refused)?;
-            return Ok(Response::new(v1::MigrateResponse {
-                session: String::new(),
-                findings: findings.iter().map(report::finding).collect(),
-                plan: report::plan_lines(&plan),
-            }));
-        }
-        let mut changes = self.0.changes();
-        let session = self.0.migrate(&request).await.map_err(|e| match e {
-            MigrateError::Request(e) => refused(e),
-            e @ MigrateError::Stopping => Status::unavailable(e.to_string()),
-            e @ MigrateError::Fatal(_) => Status::internal(e.to_string()),
-        })?;
-        loop {
-            let now = self.0.session(&session);
-            if now.as_ref().is_none_or(|s| s.state != State::Preflight) {
-                let findings = now.map(|s| report::session(&s).findings).unwrap_or_default();
-                return Ok(Response::new(v1::MigrateResponse { session, findings, plan: Vec::new() }));
-            }
-            changes.changed().await.map_err(|_| Status::unavailable("the controller is stopping"))?;
-        }
+        let what = if message.dry_run { "migrate --dry-run" } else { "migrate" };
+        let subject = format!("{} --to {}", message.service, message.to_site);
+        let answer = self.request_migration(message).await;
+        audit(&peer, what, &subject, &answer);
+        answer
     }
 
     async fn list_sessions(
@@ -179,6 +238,35 @@ impl v1::controller_server::Controller for Service {
     ) -> Result<Response<v1::Session>, Status> {
         require_role(&request, LOOK)?;
         self.find(&request.into_inner().session).map(Response::new)
+    }
+
+    async fn cancel_session(
+        &self,
+        request: Request<v1::CancelSessionRequest>,
+    ) -> Result<Response<v1::Session>, Status> {
+        let peer = require_role(&request, ACT)?;
+        let id = request.into_inner().session;
+        let answer = match self.0.cancel(&id, "operator").await {
+            Ok(session) => Ok(Response::new(report::session(&session))),
+            Err(CancelError::Unknown(_)) => self.find(&id).map(Response::new),
+            Err(e @ CancelError::TooLate { .. }) => Err(Status::failed_precondition(e.to_string())),
+            Err(e @ CancelError::Stopping(_)) => Err(Status::unavailable(e.to_string())),
+        };
+        audit(&peer, "cancel", &id, &answer);
+        answer
+    }
+
+    async fn resolve_session(
+        &self,
+        request: Request<v1::ResolveSessionRequest>,
+    ) -> Result<Response<v1::ResolveSessionResponse>, Status> {
+        let peer = require_role(&request, ACT)?;
+        let request = request.into_inner();
+        let confirmed = if request.confirmed { " --yes" } else { "" };
+        let what = format!("resolve {:?}{confirmed}", request.resolution());
+        let answer = self.resolve(&request).await;
+        audit(&peer, &what, &request.session, &answer);
+        answer
     }
 
     type WatchSessionStream = Pin<Box<dyn Stream<Item = Result<v1::Session, Status>> + Send>>;

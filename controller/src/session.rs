@@ -9,8 +9,8 @@
 //!     v
 //!  Staging   (Staged by each gateway, Prepared by the source; in parallel)      \
 //!     | all                                                                      |
-//!     v                                                                          |
-//!  Freezing                                                                      |  Failed
+//!     v                                                                          |  Failed,
+//!  Freezing                                                                      |  Cancelled
 //!     | Frozen (the vote)                                                        |
 //!     v                                                                          |
 //!  Switching (Switched by each gateway)                                          |
@@ -37,6 +37,10 @@
 //! - what is to be done is a function of the state alone ([`outstanding`]): a restart derives it again, and a call that
 //!   is no longer outstanding is cancelled;
 //! - an event that cannot happen is refused and changes nothing, live and on replay.
+//!
+//! A session whose service waits for somebody who does not answer (`Resuming`, `Aborting` with the source late) or whose
+//! original is gone (`SourceDead`) needs an operator, who can end the doubt (`Resolved`): it goes on as if that side had
+//! answered, or, before the destination has resumed, back. This alone may follow a COMMIT by an undo.
 //!
 //! Which events have to be durable before their effects: *Requested* (it names whom to undo) and *Decided*. Nothing else
 //! announces an effect that a restart would have to know: without a decision it aborts (presumed abort), so the votes
@@ -327,6 +331,13 @@ pub enum Event {
         /// When asked.
         sent_us: u64,
     },
+    /// Somebody gave it up before the decision.
+    Cancelled {
+        /// The step that was under way.
+        step: Step,
+        /// Who.
+        by: String,
+    },
     /// The commit point.
     Decided {
         /// Which way.
@@ -350,6 +361,13 @@ pub enum Event {
         gateway: String,
         /// When asked.
         sent_us: u64,
+    },
+    /// An operator ended the doubt: where the service is, by the operator's word.
+    Resolved {
+        /// COMMIT: at the destination. ABORT: at the source.
+        decision: Decision,
+        /// Who.
+        by: String,
     },
     /// A participant has undone everything.
     Undone {
@@ -381,10 +399,12 @@ impl Event {
             Self::Switched { .. } => "switched",
             Self::Yielded { .. } => "yielded",
             Self::Failed { .. } => "failed",
+            Self::Cancelled { .. } => "cancelled",
             Self::Decided { .. } => "decided",
             Self::Resumed { .. } => "resumed",
             Self::Ended { .. } => "ended",
             Self::Finished { .. } => "finished",
+            Self::Resolved { .. } => "resolved",
             Self::Undone { .. } => "undone",
             Self::Unconfirmed { .. } => "unconfirmed",
         }
@@ -395,7 +415,11 @@ impl Event {
     pub fn forced(&self) -> bool {
         !matches!(
             self,
-            Self::Frozen { .. } | Self::Switched { .. } | Self::Yielded { .. } | Self::Failed { .. }
+            Self::Frozen { .. }
+                | Self::Switched { .. }
+                | Self::Yielded { .. }
+                | Self::Failed { .. }
+                | Self::Cancelled { .. }
         )
     }
 }
@@ -725,10 +749,12 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
         (S::Yielding, E::Yielded { .. }) => commit(),
 
-        // A failure, or the end of the controller itself, before the decision.
-        (S::Preflight, E::Failed { .. }) => give_up(Reach::Nothing),
-        (S::Staging { .. }, E::Failed { .. }) => give_up(Reach::Staged),
-        (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. }) => give_up(Reach::Frozen),
+        // A failure, the end of the controller itself, or an operator's word, before the decision.
+        (S::Preflight, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Nothing),
+        (S::Staging { .. }, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Staged),
+        (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. } | E::Cancelled { .. }) => {
+            give_up(Reach::Frozen)
+        }
         (S::Deciding { decision: Decision::Commit, reach }, E::Failed { .. }) => give_up(*reach),
 
         (S::Deciding { decision: Decision::Commit, .. }, E::Decided { decision: Decision::Commit }) => {
@@ -754,6 +780,32 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
         (S::Resuming { .. }, E::Unconfirmed { participant: Participant::Destination, reason }) => {
             S::Resuming { stuck: Some(reason.clone()) }
+        }
+
+        // An operator knows better than who does not answer. What was decided ABORT may have been carried out by the
+        // destination already, so it cannot become COMMIT.
+        (S::Resuming { stuck: Some(_) }, E::Resolved { decision: Decision::Commit, .. }) => {
+            let mut open: Open =
+                plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
+            open.insert(Participant::Source, None);
+            S::Ending { open }
+        }
+        (S::Resuming { stuck: Some(_) }, E::Resolved { decision: Decision::Abort, .. }) => {
+            let mut open: Open =
+                plan.gateways.keys().map(|g| (Participant::Gateway(g.clone()), None)).collect();
+            open.insert(Participant::Source, None);
+            open.insert(Participant::Destination, None);
+            S::Aborting { frozen: true, open }
+        }
+        (S::Aborting { frozen, open }, E::Resolved { decision: Decision::Abort, .. })
+            if matches!(open.get(&Participant::Source), Some(Some(_))) =>
+        {
+            let mut open = open.clone();
+            open.remove(&Participant::Source);
+            undone(*frozen, open)
+        }
+        (S::SourceDead { open }, E::Resolved { decision: Decision::Abort, .. }) => {
+            S::RolledBack { open: open.clone() }
         }
 
         (S::Ending { open }, E::Ended { .. } | E::Finished { .. }) => {
@@ -903,6 +955,12 @@ impl Session {
     /// What has to be under way.
     pub fn outstanding(&self) -> BTreeSet<Command> {
         outstanding(&self.plan, &self.state)
+    }
+
+    /// What gives it up, while that can be done: the decision is not being written.
+    pub fn cancellation(&self, by: &str) -> Option<Event> {
+        let step = self.state.undecided().filter(|s| *s != Step::Decision)?;
+        Some(Event::Cancelled { step, by: by.into() })
     }
 
     /// How a restarted controller goes on. Before the decision: by failing (which leads to ABORT); the event that says

@@ -285,6 +285,17 @@ impl World {
                     }
                 }
             }
+            // the word of an operator that what was committed goes back
+            Event::Resolved { decision: Decision::Abort, .. } => {
+                if let Some(place) = place {
+                    place.site.clone_from(&session.plan.from.site);
+                }
+                for user in session.plan.users() {
+                    if let Some(network) = self.users.get_mut(user) {
+                        network.clone_from(&session.plan.from.network);
+                    }
+                }
+            }
             _ => {}
         }
         Ok(commands)

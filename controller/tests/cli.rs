@@ -499,3 +499,45 @@ async fn the_daemon_says_why_it_does_not_start() {
     assert!(err.contains("journal.db is not a journal of handover-controller"), "{err}");
     assert!(!f.path("controller.sock").exists());
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_given_up_until_it_is_decided() {
+    let f = Fixture::start().await;
+    let _daemon = applied(&f).await;
+    let (code, _, err) = handover(&f, &["sessions", "cancel", "film-1"]).await;
+    assert_eq!((code, err.as_str()), (4, "error: there is no session `film-1`; there has been none yet\n"));
+    f.stage.fault("main-server freeze", Fault::Hang);
+    assert_eq!(handover(&f, &["migrate", "film", "--to", "backup"]).await.0, 0);
+    f.stage.until_called("main-server freeze").await;
+    let (code, out, err) = handover(&f, &["sessions", "cancel", "film-1", "--wait"]).await;
+    assert_eq!(code, 3, "{out}{err}");
+    assert!(out.contains("cancelled by operator"), "{out}{err}");
+    let (code, _, err) = handover(&f, &["sessions", "cancel", "film-1"]).await;
+    assert_eq!(
+        (code, err.as_str()),
+        (1, "error: session film-1 cannot be cancelled any more: it was rolled back\n")
+    );
+    f.stage.fault("main-server freeze", Fault::Hang);
+    assert_eq!(handover(&f, &["migrate", "film", "--to", "backup"]).await.0, 0);
+    f.stage.until_called("main-server freeze film-2").await;
+    let (code, out, err) = handover(&f, &["sessions", "cancel", "film-2"]).await;
+    assert_eq!((code, out.as_str()), (0, ""), "{err}");
+    assert!(err.starts_with("session film-2 is cancelled ("), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_in_doubt_is_resolved_only_with_yes() {
+    let f = Fixture::start().await;
+    let _daemon = applied(&f).await;
+    assert_eq!(handover(&f, &["sessions", "resolve", "film-1", "--yes"]).await.0, 2);
+    assert_eq!(handover(&f, &["sessions", "resolve", "film-1", "--abort"]).await.0, 4);
+    f.stage.fault("main-server yield", Fault::ThenDown("backup-server"));
+    assert_eq!(handover(&f, &["migrate", "film", "--to", "backup", "--wait"]).await.0, 6);
+    let (code, out, err) = handover(&f, &["sessions", "resolve", "film-1", "--abort"]).await;
+    assert_eq!((code, out.as_str()), (1, ""), "{err}");
+    assert!(err.contains("risk: ") && err.ends_with("nothing was done; with --yes it is\n"), "{err}");
+    assert_eq!(handover(&f, &["sessions", "watch", "film-1"]).await.0, 6);
+    let (code, _, err) = handover(&f, &["sessions", "resolve", "film-1", "--abort", "--yes"]).await;
+    assert_eq!(code, 0, "{err}");
+    assert_eq!(handover(&f, &["sessions", "watch", "film-1"]).await.0, 3);
+}

@@ -11,9 +11,9 @@ use std::{
 
 use handover_api::v1;
 use handover_controller::{
-    controller::{Controller, MigrateError},
+    controller::{CancelError, Controller, MigrateError},
     report,
-    session::{Outcome, Policy, Session, State},
+    session::{Decision, Event, Outcome, Policy, Session, State},
     triggers::Request,
     world::RequestError,
 };
@@ -492,4 +492,101 @@ async fn a_decision_that_cannot_be_written_is_none() {
     assert_eq!(s.reason, "the controller was restarted before the decision");
     assert_eq!(place(&c), here());
     f.no_contradiction(&id);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn cancelled_before_the_decision_everything_is_undone() {
+    for (fault, called) in [
+        ("gw stage", "gw stage"),
+        ("main-server prepare", "main-server prepare"),
+        ("main-server freeze", "main-server freeze"),
+        ("gw switch", "gw switch"),
+        ("main-server yield", "main-server yield"),
+    ] {
+        let f = Fixture::start().await;
+        let c = controller(&f).await;
+        f.stage.fault(fault, Fault::Hang);
+        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        f.stage.until_called(called).await;
+        let session = c.cancel(&id, "operator").await.unwrap();
+        // what was answered is durable
+        assert!(session.log.iter().any(|e| matches!(e.event, Event::Decided { decision: Decision::Abort })));
+        let s = over(&c, &id).await;
+        assert_eq!(s.outcome(), v1::Outcome::RolledBack, "{fault}");
+        assert_eq!(s.reason, "cancelled by operator", "{fault}");
+        assert_eq!(place(&c), here());
+        for undone in ["gw abort film-1", "main-server abort film-1", "backup-server abort film-1"] {
+            assert_eq!(f.stage.count(undone), 1, "{fault}: {undone}");
+        }
+        assert_eq!(f.stage.count("backup-server resume film-1"), 0);
+        let again = c.cancel(&id, "operator").await.unwrap_err();
+        assert!(again.to_string().ends_with("it was rolled back"), "{again}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_committed_cannot_be_cancelled() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let unknown = c.cancel("film-9", "operator").await.unwrap_err();
+    assert!(matches!(unknown, CancelError::Unknown(_)), "{unknown}");
+    f.stage.fault("backup-server resume", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    f.stage.until_called("backup-server resume").await;
+    let late = c.cancel(&id, "operator").await.unwrap_err();
+    assert!(matches!(late, CancelError::TooLate { .. }), "{late}");
+    assert!(late.to_string().contains("COMMIT is durable"), "{late}");
+    assert!(late.to_string().contains("`handover migrate film --to main` brings the service back"), "{late}");
+    assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed);
+    let late = c.cancel(&id, "operator").await.unwrap_err();
+    assert!(late.to_string().contains("it is completed"), "{late}");
+    assert_eq!(place(&c), there());
+}
+
+/// A migration that is committed, with the destination gone: its copy cannot be resumed.
+async fn in_doubt(f: &Fixture, c: &Arc<Controller>) -> String {
+    f.stage.fault("main-server yield", Fault::ThenDown("backup-server"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = until(c, &id, |s| s.state.outcome() == Outcome::NeedsOperator).await;
+    assert!(matches!(s.state, State::Resuming { .. }), "{:?}", s.state);
+    id
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_takes_a_stuck_migration_back() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = in_doubt(&f, &c).await;
+    let account = c.account(&id, Decision::Abort).unwrap().join("\n");
+    assert!(account.contains("risk:   if the copy has been resumed at backup-server"), "{account}");
+    assert!(matches!(c.session(&id).unwrap().state, State::Resuming { .. }), "an account does nothing");
+    // a gateway that was started again knows only the network of after COMMIT
+    f.gateway.reboot();
+    c.resolve(&id, Decision::Abort, "operator").await.unwrap();
+    assert_eq!(place(&c), here());
+    let s = until(&c, &id, |s| s.state.outcome() == Outcome::RolledBack).await;
+    assert_eq!(f.stage.count("main-server abort film-1"), 1);
+    assert_eq!(f.stage.count("main-server end film-1"), 0);
+    assert_eq!(report::session(&s).pending.len(), 1, "the destination is told when it is back");
+    let on = async {
+        while f.gateway.state.lock().unwrap().users.get("taro").is_none_or(|n| n != "net1") {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    timeout(PATIENCE, on).await.expect("the user is back on the network of the source");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_operator_finishes_a_stuck_migration() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = in_doubt(&f, &c).await;
+    c.resolve(&id, Decision::Commit, "operator").await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::Completed);
+    assert_eq!(f.stage.count("main-server end film-1"), 1);
+    assert_eq!(place(&c), there());
+    // and only what needs an operator is resolved
+    let err = c.resolve(&id, Decision::Abort, "operator").await.unwrap_err();
+    assert!(err.to_string().contains("needs no operator"), "{err}");
 }

@@ -85,6 +85,9 @@ impl Sim {
             match now {
                 Outcome::Completed => {
                     self.figures.completed += 1;
+                    if self.given_up.contains(&id) {
+                        self.violated(|| format!("session {id} was cancelled, and is completed"));
+                    }
                     if !runs(self, to) || !self.committed(&id) {
                         self.violated(|| format!("session {id} is completed, but the service is not there"));
                     }

@@ -290,6 +290,27 @@ impl Sim {
         }
     }
 
+    /// Gives up a session that is under way: `Driver::obey`. Told once ABORT is durable, see [`Sim::synced`].
+    pub(crate) fn cancel(&mut self) {
+        if !self.controller.up {
+            return;
+        }
+        let drivers = self.controller.drivers.iter();
+        let Some(id) = drivers.filter(|(_, d)| !d.writing).map(|(id, _)| id.clone()).next_back() else {
+            return;
+        };
+        let event = if self.has(Mutation::CancelAfterCommit) && self.committed(&id) {
+            self.given_up.insert(id.clone());
+            None
+        } else {
+            self.session(&id).and_then(|s| s.cancellation("operator"))
+        };
+        if let Some(event) = event {
+            self.event(&id, event);
+            self.settle(&id);
+        }
+    }
+
     // ---- the journal
 
     fn write(&mut self, session: String, records: Vec<Record>, request: bool) {
@@ -337,6 +358,12 @@ impl Sim {
             }
             if !self.has(Mutation::ResumeBeforeDecisionIsDurable) {
                 self.take(&last);
+            }
+            let aborted = matches!(&last, Record::Session { entry, .. }
+                if entry.event == Event::Decided { decision: Decision::Abort });
+            let asked = |s: &Session| s.log.iter().any(|e| matches!(e.event, Event::Cancelled { .. }));
+            if aborted && self.session(&session).is_some_and(asked) && self.given_up.insert(session.clone()) {
+                self.figures.cancelled += 1;
             }
             self.settle(&session);
         }

@@ -17,6 +17,8 @@ pub enum Mutation {
     ForgetDecision,
     /// The controller does not look whether a forgotten switch that it made again was finished.
     SwitchAgainNotFinished,
+    /// The controller says that it cancelled what it has committed.
+    CancelAfterCommit,
     /// The lease of the source ends also after it has yielded.
     ThawAfterYieldOnTimeout,
     /// The source's vote and yield are spoken, but not durable.

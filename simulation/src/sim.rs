@@ -1,6 +1,9 @@
 //! Time, calls and faults; what happens next.
 
-use std::{collections::BTreeMap, fmt};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+};
 
 use handover_controller::session::{Decision, Outcome};
 use handover_gateway::{desired::Desired, table::Retired};
@@ -134,6 +137,7 @@ pub(crate) enum Ev {
     Partition(Node, Node),
     Join(Node, Node),
     Operator,
+    Cancel,
     Heal,
 }
 
@@ -175,6 +179,8 @@ pub struct Figures {
     pub refused: u64,
     /// Sessions that said they needed an operator for a time.
     pub in_doubt: u64,
+    /// Sessions an operator cancelled.
+    pub cancelled: u64,
     /// The longest from healing until the running copy, the address and the users agreed.
     pub agreed_us: u64,
     /// Runs in which that took more than a second.
@@ -193,6 +199,7 @@ impl Figures {
         self.rolled_back += other.rolled_back;
         self.refused += other.refused;
         self.in_doubt += other.in_doubt;
+        self.cancelled += other.cancelled;
         self.agreed_us = self.agreed_us.max(other.agreed_us);
         self.agreed_late += other.agreed_late;
     }
@@ -202,12 +209,13 @@ impl fmt::Display for Figures {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "{} runs, {} events: {} migrations completed, {} rolled back, {} refused, {} in doubt for a time; {} crashes, \
+            "{} runs, {} events: {} migrations completed, {} rolled back ({} by an operator), {} refused, {} in doubt for a time; {} crashes, \
              {} partitions, {} calls lost, late or doubled; agreed at most {:.2} s after healing, in {} runs later than 1 s",
             self.runs,
             self.events,
             self.completed,
             self.rolled_back,
+            self.cancelled,
             self.refused,
             self.in_doubt,
             self.crashes,
@@ -244,6 +252,8 @@ pub(crate) struct Sim {
     pub(crate) decided: BTreeMap<String, Decision>,
     /// What an operator could have seen of each session.
     pub(crate) seen: BTreeMap<String, Outcome>,
+    /// Sessions an operator was told are given up.
+    pub(crate) given_up: BTreeSet<String>,
     pub(crate) healed: Option<Time>,
     broken: Option<String>,
     trace: Option<Vec<String>>,
@@ -281,6 +291,7 @@ impl Sim {
             gateways: (0..count).map(|_| Gateway::new()).collect(),
             decided: BTreeMap::new(),
             seen: BTreeMap::new(),
+            given_up: BTreeSet::new(),
             healed: None,
             broken: None,
             trace: traced.then(Vec::new),
@@ -307,6 +318,14 @@ impl Sim {
         for _ in 0..self.rng.range(0, 4) {
             let at = self.rng.range(first, end);
             self.after(at, Ev::Operator);
+        }
+        if self.rng.permille(250) {
+            let at = if self.rng.permille(700) {
+                first + self.rng.range(0, 100 * MS)
+            } else {
+                self.rng.range(first, end)
+            };
+            self.after(at, Ev::Cancel);
         }
         // most trouble close to the first request: that is where something is under way
         let when = |rng: &mut Rng| {
@@ -565,6 +584,7 @@ impl Sim {
             }
             Ev::Join(a, b) => self.partitions.retain(|p| *p != (a, b)),
             Ev::Operator => self.operator(),
+            Ev::Cancel => self.cancel(),
             Ev::Heal => {
                 self.note(|| "no more faults".into());
                 self.partitions.clear();

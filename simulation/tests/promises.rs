@@ -52,6 +52,7 @@ fn every_promise_is_kept_under_every_fault() {
             for (what, count) in [
                 ("completed", figures.completed),
                 ("rolled back", figures.rolled_back),
+                ("cancelled", 10 * figures.cancelled),
                 ("crashes", figures.crashes),
                 ("partitions", figures.partitions),
                 ("disturbed", figures.disturbed),

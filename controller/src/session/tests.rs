@@ -99,8 +99,11 @@ fn events(plan: &Arc<Plan>) -> Vec<(&'static str, Event)> {
         ("switched", Event::Switched { gateway: gw(), window_ns: 0, store_latency_ns: 0, sent_us: 0 }),
         ("yielded", Event::Yielded { sent_us: 0 }),
         ("failed", failed(Step::Stage)),
+        ("cancel", Event::Cancelled { step: Step::Stage, by: "operator".into() }),
         ("COMMIT", Event::Decided { decision: Decision::Commit }),
         ("ABORT", Event::Decided { decision: Decision::Abort }),
+        ("res-C", Event::Resolved { decision: Decision::Commit, by: "operator".into() }),
+        ("res-A", Event::Resolved { decision: Decision::Abort, by: "operator".into() }),
         ("resumed", Event::Resumed { pid: 7, sent_us: 0 }),
         ("ended", Event::Ended { sent_us: 0 }),
         ("finished", Event::Finished { gateway: gw(), sent_us: 0 }),
@@ -144,6 +147,8 @@ fn states() -> Vec<(&'static str, State)> {
         ("Aborting1(SDG)", State::Aborting { frozen: false, open: open("SDG") }),
         ("Aborting2(SDG)", State::Aborting { frozen: true, open: open("SDG") }),
         ("Aborting2(Sdg)", State::Aborting { frozen: true, open: open("Sdg") }),
+        ("Aborting2(sdg)", State::Aborting { frozen: true, open: open("sdg") }),
+        ("Aborting2(sDG)", State::Aborting { frozen: true, open: open("sDG") }),
         ("Aborting2(DG)", State::Aborting { frozen: true, open: open("DG") }),
         ("RolledBack(dg)", State::RolledBack { open: open("dg") }),
         ("RolledBack()", State::RolledBack { open: open("") }),
@@ -155,19 +160,19 @@ fn states() -> Vec<(&'static str, State)> {
 /// One line per state; `event -> state` for each event that can happen. Everything else is refused.
 const TABLE: &str = "
     New             req -> Preflight
-    Preflight       chk-ok -> Staging, chk-err -> Refused, failed -> Abort?0
-    Staging         staged -> Staging+G, prep -> Staging+P, failed -> Abort?1
-    Staging+G       prep -> Freezing, failed -> Abort?1
-    Staging+P       staged -> Freezing, failed -> Abort?1
-    Freezing        frozen -> Switching, failed -> Abort?2
-    Switching       switched -> Yielding, failed -> Abort?2
-    Yielding        yielded -> Commit?, failed -> Abort?2
+    Preflight       chk-ok -> Staging, chk-err -> Refused, failed -> Abort?0, cancel -> Abort?0
+    Staging         staged -> Staging+G, prep -> Staging+P, failed -> Abort?1, cancel -> Abort?1
+    Staging+G       prep -> Freezing, failed -> Abort?1, cancel -> Abort?1
+    Staging+P       staged -> Freezing, failed -> Abort?1, cancel -> Abort?1
+    Freezing        frozen -> Switching, failed -> Abort?2, cancel -> Abort?2
+    Switching       switched -> Yielding, failed -> Abort?2, cancel -> Abort?2
+    Yielding        yielded -> Commit?, failed -> Abort?2, cancel -> Abort?2
     Commit?         COMMIT -> Resuming, failed -> Abort?2
     Abort?0         ABORT -> RolledBack()
     Abort?1         ABORT -> Aborting1(SDG)
     Abort?2         ABORT -> Aborting2(SDG)
     Resuming        resumed -> Ending(SG), late-D -> Resuming!
-    Resuming!       resumed -> Ending(SG), late-D -> Resuming!
+    Resuming!       resumed -> Ending(SG), late-D -> Resuming!, res-C -> Ending(SG), res-A -> Aborting2(SDG)
     Ending(SG)      ended -> Ending(G), finished -> Ending(S), late-S -> Ending(sG), late-G -> Ending(Sg)
     Ending(Sg)      ended -> Completed(g), finished -> Ending(S), late-S -> Completed(sg), late-G -> Ending(Sg)
     Ending(sG)      ended -> Ending(G), finished -> Completed(s), late-S -> Ending(sG), late-G -> Completed(sg)
@@ -183,10 +188,15 @@ const TABLE: &str = "
                     late-S -> Aborting2(sDG), late-D -> Aborting2(SdG), late-G -> Aborting2(SDg)
     Aborting2(Sdg)  un-S -> RolledBack(dg), un-Sdead -> SourceDead(dg), un-D -> Aborting2(Sg), un-G -> Aborting2(Sd), \
                     late-S -> Aborting2(sdg), late-D -> Aborting2(Sdg), late-G -> Aborting2(Sdg)
+    Aborting2(sdg)  un-S -> RolledBack(dg), un-Sdead -> SourceDead(dg), un-D -> Aborting2(sg), un-G -> Aborting2(sd), \
+                    late-S -> Aborting2(sdg), late-D -> Aborting2(sdg), late-G -> Aborting2(sdg), res-A -> RolledBack(dg)
+    Aborting2(sDG)  un-S -> Aborting2(DG), un-Sdead -> SourceDead(DG), un-D -> Aborting2(sG), un-G -> Aborting2(sD), \
+                    late-S -> Aborting2(sDG), late-D -> Aborting2(sdG), late-G -> Aborting2(sDg), res-A -> Aborting2(DG)
     Aborting2(DG)   un-D -> Aborting2(G), un-G -> Aborting2(D), late-D -> Aborting2(dG), late-G -> Aborting2(Dg)
     RolledBack(dg)  un-D -> RolledBack(g), un-G -> RolledBack(d), late-D -> RolledBack(dg), late-G -> RolledBack(dg)
     RolledBack()
-    SourceDead(DG)  un-D -> SourceDead(G), un-G -> SourceDead(D), late-D -> SourceDead(dG), late-G -> SourceDead(Dg)
+    SourceDead(DG)  un-D -> SourceDead(G), un-G -> SourceDead(D), late-D -> SourceDead(dG), late-G -> SourceDead(Dg), \
+                    res-A -> RolledBack(DG)
     Refused
 ";
 
@@ -445,6 +455,11 @@ proptest! {
                 prop_assert!(decision.is_none(), "decided twice");
                 decision = Some(d);
             }
+            if let Event::Resolved { decision: d, .. } = entry.event {
+                // the one way to turn: an operator's word, and from COMMIT to ABORT only
+                prop_assert!(decision == Some(d) || (decision, d) == (Some(Decision::Commit), Decision::Abort));
+                decision = Some(d);
+            }
             match decision {
                 Some(Decision::Commit) => prop_assert!(!commands.iter().any(undoes), "{commands:?}"),
                 Some(Decision::Abort) => prop_assert!(!commands.iter().any(goes_on), "{commands:?}"),
@@ -466,8 +481,8 @@ proptest! {
         let (log, _) = history(&plan, &choices);
         let log = &log[..=cut.index(log.len())];
         let mut session = replay(log);
-        let decided = log.iter().find_map(|e| match e.event {
-            Event::Decided { decision } => Some(decision),
+        let decided = log.iter().rev().find_map(|e| match e.event {
+            Event::Decided { decision } | Event::Resolved { decision, .. } => Some(decision),
             _ => None,
         });
         let now = session.log.last().map_or(0, |e| e.at_us);

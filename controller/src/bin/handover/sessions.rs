@@ -17,7 +17,8 @@ use crate::{
 #[command(after_help = "Examples:\n  \
     handover sessions list\n  \
     handover sessions show film-1\n  \
-    handover sessions watch film-1   wait for its outcome; the exit code is that of `migrate --wait`")]
+    handover sessions watch film-1   wait for its outcome; the exit code is that of `migrate --wait`\n  \
+    handover sessions cancel film-1  give it up; refused once it is decided")]
 pub enum Verb {
     /// All of them, the oldest first.
     List,
@@ -25,6 +26,35 @@ pub enum Verb {
     Show {
         /// Its name, e.g. film-1.
         id: String,
+    },
+    /// Gives one up, as long as it is not decided: everything is undone, the service goes on where it was.
+    ///
+    /// Ends with 0 once that is certain, and does not wait until all is undone; `--wait` does, with the exit code of
+    /// `sessions watch` (3: rolled back, alive at the source). After the decision it is refused: a committed migration is
+    /// finished, never undone.
+    Cancel {
+        /// Its name, e.g. film-1.
+        id: String,
+        /// Wait until everything is undone.
+        #[arg(long)]
+        wait: bool,
+    },
+    /// Ends the doubt of one that needs an operator (exit code 6), by your word.
+    ///
+    /// Says what is known, what will be done and what is risked; does it only with `--yes`. Ends with 1 without `--yes`.
+    #[command(group = clap::ArgGroup::new("way").required(true).args(["commit", "abort"]))]
+    Resolve {
+        /// Its name, e.g. film-1.
+        id: String,
+        /// The service is at the destination.
+        #[arg(long)]
+        commit: bool,
+        /// The service is, or goes back, at the source.
+        #[arg(long)]
+        abort: bool,
+        /// The account was read, and what is to be done first has been done.
+        #[arg(long)]
+        yes: bool,
     },
     /// Follows one to its outcome.
     Watch {
@@ -49,6 +79,43 @@ pub async fn run(verb: Verb, to: &Where, format: Format) -> anyhow::Result<Exit>
             match format {
                 Format::Json => output::print_json(&output::session_json(&session)?)?,
                 Format::Table => output::print(&output::session_text(&session))?,
+            }
+        }
+        Verb::Cancel { id, wait } => {
+            let request = v1::CancelSessionRequest { session: id.clone() };
+            let session = client.cancel_session(request).await.map_err(Refused::from)?.into_inner();
+            if wait {
+                return migrate::watch(client, to, &id, None, format).await;
+            }
+            match format {
+                Format::Json => output::print_json(&output::session_json(&session)?)?,
+                Format::Table => eprintln!(
+                    "session {id} is cancelled ({}): the service goes on at {}; `handover sessions watch {id}` waits until \
+                     all is undone",
+                    session.state, session.from_site
+                ),
+            }
+        }
+        Verb::Resolve { id, commit, abort: _, yes } => {
+            use v1::resolve_session_request::Resolution;
+            let resolution = if commit { Resolution::Commit } else { Resolution::Abort };
+            let request = v1::ResolveSessionRequest {
+                session: id.clone(),
+                resolution: resolution.into(),
+                confirmed: yes,
+            };
+            let answer = client.resolve_session(request).await.map_err(Refused::from)?.into_inner();
+            for line in &answer.account {
+                eprintln!("{line}");
+            }
+            if !yes {
+                eprintln!("nothing was done; with --yes it is");
+                return Ok(Exit::Error);
+            }
+            let session = answer.session.unwrap_or_default();
+            match format {
+                Format::Json => output::print_json(&output::session_json(&session)?)?,
+                Format::Table => eprintln!("session {id} is resolved: {}", session.state),
             }
         }
         Verb::Watch { id } => return migrate::watch(client, to, &id, None, format).await,

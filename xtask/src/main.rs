@@ -51,6 +51,18 @@ enum Verb {
         #[arg(long)]
         mutation: Option<String>,
     },
+    /// Run generated frames through the XDP programs and compare with an oracle in plain Rust (root).
+    Fuzz {
+        /// How many frames.
+        #[arg(long, default_value_t = 100_000_000)]
+        frames: u64,
+        /// Where the random numbers begin; the same seed makes the same frames.
+        #[arg(long, default_value_t = 1)]
+        seed: u64,
+        /// Print one JSON object alone on stdout.
+        #[arg(long)]
+        json: bool,
+    },
     /// Measure: two things in one run, printed as a ratio (root).
     Bench {
         #[command(subcommand)]
@@ -68,13 +80,22 @@ enum Bench {
     },
 }
 
+/// A command line of the gateway's bench.
+fn words(what: &str, numbers: &[(&str, u64)], json: bool) -> Vec<String> {
+    let numbers = numbers.iter().flat_map(|(option, n)| [(*option).to_owned(), n.to_string()]);
+    std::iter::once(what.to_owned()).chain(numbers).chain(json.then(|| "--json".into())).collect()
+}
+
 fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Run { args } => verbs::run(&args),
         Verb::Test { filter } => verbs::test(filter.as_deref()),
-        Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation.as_deref()),
-        Verb::Bench { what: Bench::Switch { json } } => verbs::bench_switch(json),
+        Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation),
+        Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
+        Verb::Fuzz { frames, seed, json } => {
+            verbs::gateway_bench(&words("fuzz", &[("--frames", frames), ("--seed", seed)], json))
+        }
     };
     done.unwrap_or_else(|e| {
         eprintln!("error: {e:#}");

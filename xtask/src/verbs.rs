@@ -24,36 +24,24 @@ pub fn run(args: &[String]) -> anyhow::Result<ExitCode> {
     hand_over(Command::new(&lab).arg("run").args(args))
 }
 
-/// `cargo xtask bench switch`.
-pub fn bench_switch(json: bool) -> anyhow::Result<ExitCode> {
-    setup::run()?;
-    let mut bench = cargo();
-    bench.args([
-        "run",
-        "--quiet",
-        "--release",
-        "--package",
-        "handover-gateway",
-        "--bin",
-        "handover-gateway-bench",
-    ]);
-    bench.args(["--", "switch"]);
-    if json {
-        bench.arg("--json");
-    }
-    hand_over(&mut bench)
+/// `cargo xtask bench` and `cargo xtask fuzz`: the gateway's own bench.
+pub fn gateway_bench(args: &[String]) -> anyhow::Result<ExitCode> {
+    release("handover-gateway", "handover-gateway-bench", args)
 }
 
 /// `cargo xtask simulate`.
-pub fn simulate(seeds: u64, seed: u64, mutation: Option<&str>) -> anyhow::Result<ExitCode> {
+pub fn simulate(seeds: u64, seed: u64, mutation: Option<String>) -> anyhow::Result<ExitCode> {
+    let mut args = vec!["--seeds".into(), seeds.to_string(), "--seed".into(), seed.to_string()];
+    args.extend(mutation.into_iter().flat_map(|m| ["--mutation".into(), m]));
+    release("handover-simulation", "handover-simulate", &args)
+}
+
+/// Runs one of the project's programs, built as it is shipped.
+fn release(package: &str, program: &str, args: &[String]) -> anyhow::Result<ExitCode> {
     setup::run()?;
-    let mut simulate = cargo();
-    simulate.args(["run", "--quiet", "--release", "--package", "handover-simulation"]);
-    simulate.args(["--", "--seeds", &seeds.to_string(), "--seed", &seed.to_string()]);
-    if let Some(mutation) = mutation {
-        simulate.args(["--mutation", mutation]);
-    }
-    hand_over(&mut simulate)
+    let mut cargo = cargo();
+    cargo.args(["run", "--quiet", "--release", "--package", package, "--bin", program, "--"]).args(args);
+    hand_over(&mut cargo)
 }
 
 /// `cargo xtask test`: everything that has to hold before a change lands.

@@ -145,6 +145,19 @@ impl Record {
         }
     }
 
+    /// The record of a migration that was given up before it became anything here: a call for it that was held up on the
+    /// way finds that it is over.
+    pub fn never_begun(migration: &str) -> Self {
+        let destination = Destination {
+            state: DestinationState::Discarded,
+            pid: 0,
+            cgroup: PathBuf::new(),
+            address_added: false,
+            steps: Vec::new(),
+        };
+        Self::new(migration, "", Ipv4Addr::UNSPECIFIED, "", Role::Destination(destination))
+    }
+
     /// What a restarted daemon does with it.
     pub fn recovery(&self) -> Recovery {
         match &self.role {

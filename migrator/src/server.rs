@@ -31,7 +31,7 @@ use crate::{
     machine::{Recovery, SourceEvent, SourceState},
     node::{Answer, Failure, Migration, Node, Service},
     preflight,
-    record::Role as Part,
+    record::{Record, Role as Part},
     source,
 };
 
@@ -197,14 +197,10 @@ impl MigratorPeer for PeerService {
         tls::require_role(&request, &[Role::Migrator])?;
         let (node, id) = (self.0.clone(), request.into_inner().migration);
         detached(async move {
-            match node.get(&id) {
-                Some(migration) => match migration.view().map(|r| r.role) {
-                    Some(Part::Source(_)) => {
-                        Err(Failure::refused(format!("migration {id} has its source here")))
-                    }
-                    _ => destination_abort(&node, &migration).await,
-                },
-                None => Ok(()),
+            let (migration, record) = begun_or_over(&node, &id).await?;
+            match record.role {
+                Part::Source(_) => Err(Failure::refused(format!("migration {id} has its source here"))),
+                Part::Destination(_) => destination_abort(&node, &migration).await,
             }
         })
         .await?;
@@ -224,11 +220,29 @@ async fn destination_abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answ
 /// ABORT on whichever side this is. Of a migration that is not known nothing is to be undone, and whether an original
 /// runs is not known here: `false`.
 async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
-    let Some(migration) = node.get(id) else { return Ok(false) };
-    match migration.view().map(|r| r.role) {
-        Some(Part::Source(_)) => source::abort(node, &migration).await,
-        Some(Part::Destination(_)) => destination_abort(node, &migration).await.map(|()| false),
-        None => Ok(false),
+    let (migration, record) = begun_or_over(node, id).await?;
+    match record.role {
+        Part::Source(_) => source::abort(node, &migration).await,
+        Part::Destination(_) => destination_abort(node, &migration).await.map(|()| false),
+    }
+}
+
+/// The migration with its record. One that is not known yet is noted as over, durably, before anybody is told that
+/// nothing is left of it: its *Prepare* or *Reserve* may still be on the way (a restarted controller calls over another
+/// connection) and would keep the service's place for ever.
+async fn begun_or_over(node: &Arc<Node>, id: &str) -> Answer<(Arc<Migration>, Record)> {
+    loop {
+        let migration = node.entry(id)?;
+        if let Some(record) = migration.view() {
+            return Ok((migration, record));
+        }
+        // waits for a call that is just making something of it
+        let mut live = migration.lock().await;
+        if live.record.is_none() && Arc::ptr_eq(&migration, &node.entry(id)?) {
+            node.commit(&migration, &mut live, Record::never_begun(id))?;
+            drop(live);
+            node.prune();
+        }
     }
 }
 

@@ -459,6 +459,28 @@ fn aborted_by_the_controller_at_every_stage() {
 }
 
 #[test]
+fn what_was_aborted_before_it_came_never_begins() {
+    play(10, |w| {
+        let (a, b) = (w.a.clone(), w.b.clone());
+        // the controller gives up before its own Prepare, or the source's Reserve, has got through
+        ensure!(!w.abort(&a, "late-prepare")?);
+        ensure!(!w.abort(&b, "late-reserve")?);
+        w.migrators[0].process.stop_at_once()?;
+        w.migrators[0] = w.start(&a)?;
+        refused(w.prepare(&a, &b, "late-prepare"), Code::FailedPrecondition, "late-prepare is discarded")?;
+        refused(w.prepare(&a, &b, "late-reserve"), Code::FailedPrecondition, "late-reserve is discarded")?;
+        ensure!(!w.abort(&a, "late-prepare")?, "the second answer differs");
+        w.soon_clean(&a, &b)?;
+        // neither keeps the service's place
+        w.prepare(&a, &b, "next")?;
+        ensure!(w.abort(&a, "next")?);
+        w.soon_clean(&a, &b)?;
+        w.goes_on()?;
+        Ok(())
+    });
+}
+
+#[test]
 fn without_yield_the_source_goes_on_alone() {
     play(1, |w| {
         let (a, b) = (w.a.clone(), w.b.clone());

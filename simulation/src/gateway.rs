@@ -66,7 +66,7 @@ impl Gateway {
 
     /// The network a user's frames go to, as the program would find it; `None`: they are dropped.
     pub(crate) fn network_of(&self, user: &str) -> Option<&str> {
-        let mac = self.table.users().find(|(name, ..)| *name == user)?.1;
+        let mac = self.table.users().find(|u| u.name == user)?.spec.mac;
         let word = self.users.get(self.slots.get(&mac)?)?;
         let switch = self.switches.get(&u16::try_from(word.switch()).ok()?)?;
         let index = word.select(*switch)?.network;
@@ -80,7 +80,7 @@ impl Gateway {
         GatewayView {
             boot: self.boot,
             revision: self.table.revision(),
-            users: self.table.users().map(|(name, _, network, _)| (name.into(), network.into())).collect(),
+            users: self.table.users().map(|u| (u.name.into(), u.network.into())).collect(),
             switched: self
                 .table
                 .switches()

@@ -314,10 +314,15 @@ impl Call {
 
     fn failed(&self, step: Step, actor: String, failure: Failure, sent_us: u64) -> Event {
         let parts = ["fence", "dump", "copy", "restore", "address"];
-        let part = failure.reason.split_once(':').map(|(part, _)| part.trim()).filter(|p| parts.contains(p));
-        let part = part.filter(|_| step == Step::Freeze).map(str::to_owned);
         tracing::warn!(session = %self.plan.id, %step, actor, reason = failure.reason, "failed");
-        Event::Failed { step, part, actor, reason: failure.reason, sent_us }
+        // the source says first which part of the freeze it was
+        let named =
+            failure.reason.split_once(": ").filter(|(p, _)| step == Step::Freeze && parts.contains(p));
+        let (part, reason) = match named {
+            Some((part, reason)) => (Some(part.to_owned()), reason.to_owned()),
+            None => (None, failure.reason),
+        };
+        Event::Failed { step, part, actor, reason, sent_us }
     }
 
     fn source_name(&self) -> String {

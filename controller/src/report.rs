@@ -327,7 +327,8 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
             let name = failed.to_string();
             // the decision to COMMIT that was not written is no step that ran
             if *failed != Step::Decision {
-                view.steps.push(step(&name, actor, *sent_us, now, "failed", reason));
+                let detail = part.as_ref().map_or_else(|| reason.clone(), |part| format!("{part}: {reason}"));
+                view.steps.push(step(&name, actor, *sent_us, now, "failed", &detail));
             }
         }
         Event::Cancelled { step: under_way, by } => {

@@ -173,7 +173,7 @@ fn a_part_of_the_freeze_is_named_as_the_failed_step() {
             step: Step::Freeze,
             part: Some("dump".into()),
             actor: "migrator main-server".into(),
-            reason: "dump: no".into(),
+            reason: "no".into(),
             sent_us: 260,
         },
     ));

@@ -1,5 +1,5 @@
 //! What a migration could leave behind on a host, listed so that two lists can be compared: nftables tables, addresses,
-//! routes, sockets of v, processes, cgroups, files in the host's own directories.
+//! routes, sockets of v, processes, cgroups, BPF objects, files in the host's own directories.
 
 use std::{
     collections::BTreeMap,
@@ -51,11 +51,18 @@ pub fn of(host: &Host) -> anyhow::Result<Residue> {
         ("cgroups", below(host.cgroup(), &|path| path.is_dir())?),
     ]);
     let mut files = Vec::new();
-    for dir in
-        ["/run", "/tmp", "/var/lib/handover", "/var/lib/handover-controller", "/var/lib/handover-migrator"]
-    {
+    for dir in [
+        "/run",
+        "/tmp",
+        "/var/lib/handover",
+        "/var/lib/handover-controller",
+        "/var/lib/handover-migrator",
+        "/var/lib/handover-gateway",
+        "/sys/fs/bpf", // what is pinned
+    ] {
         files.extend(below(&host.path(dir), &|_| true)?);
     }
+    found.insert("BPF objects", bpf_objects(host)?);
     found.insert("files", files);
     found.values_mut().for_each(|things| things.sort_unstable());
     Ok(found)
@@ -79,6 +86,19 @@ pub fn difference(before: &Residue, after: &Residue) -> Vec<String> {
         }
     }
     lines
+}
+
+/// The BPF maps, programs and links that processes hold open.
+fn bpf_objects(host: &Host) -> anyhow::Result<Vec<String>> {
+    let mut found = Vec::new();
+    for (pid, command) in host.processes()? {
+        // one that has ended meanwhile holds nothing
+        let Ok(entries) = fs::read_dir(host.path(format!("/proc/{pid}/fd"))) else { continue };
+        let held = entries.flatten().filter_map(|e| fs::read_link(e.path()).ok());
+        let objects = held.map(|l| l.display().to_string()).filter(|l| l.starts_with("anon_inode:bpf"));
+        found.extend(objects.map(|object| format!("{object} of {command}")));
+    }
+    Ok(found)
 }
 
 /// All that is `wanted` below a directory, relative to it.

@@ -72,6 +72,7 @@ fn nginx_moves_and_comes_back_in_the_middle_of_a_download() {
 fn twenty_migrations_leave_nothing_behind() {
     let mut play = Play::start(App::Film).unwrap();
     let before = play.residues().unwrap();
+    assert!(before.iter().any(|host| !host["BPF objects"].is_empty()), "the gateway's programs are not seen");
     for _ in 0..10 {
         for to in [Site::Backup, Site::Main] {
             migrate(&mut play, to);

@@ -323,7 +323,7 @@ async fn rolled_back_is_3_and_says_which_step_failed_why_and_what_to_do() {
         end,
         [
             "what to do: see the log of migrator main-server; when the cause is gone, `handover migrate film --to backup`",
-            "step restore failed: restore: backup-server: CRIU: no such file",
+            "step restore failed: backup-server: CRIU: no such file",
             "rolled back: film runs at main (main-server) as before",
         ]
     );

@@ -77,13 +77,13 @@ pub fn test(filter: Option<&str>) -> anyhow::Result<ExitCode> {
     // The lab takes the machine for itself (one at a time), so its scenarios run one after the other.
     step("unit and XDP tests");
     let mut tests = cargo();
-    tests.args(["test", "--workspace", "--exclude", "handover-lab"]);
+    tests.args(["test", "--no-fail-fast", "--workspace", "--exclude", "handover-lab"]);
     tests.args(BPF_CRATES.iter().flat_map(|c| ["--exclude", c]));
     // the host half of the program: packet rules and layouts
     let mut shared = cargo();
     shared.args(["test", "--package", "gateway-ebpf", "--lib"]);
     let mut lab = cargo();
-    lab.args(["test", "--package", "handover-lab"]);
+    lab.args(["test", "--no-fail-fast", "--package", "handover-lab"]);
     for tests in [&mut tests, &mut shared] {
         tests.args(["--", "--test-threads=1"]).args(filter);
         run_command(tests)?;

@@ -45,7 +45,7 @@ pub fn ensure() -> anyhow::Result<()> {
     let library = unpacked.path().join(format!("usr/src/rustc-{version}/library"));
     std::fs::create_dir_all(&rust).with_context(|| rust.display().to_string())?;
     // copied beside and renamed, so that an interrupted copy is never taken for the whole
-    let partial = rust.join(format!(".library-{}", std::process::id()));
+    let partial = rust.join(format!(".partial-{}", std::process::id()));
     run(command("cp", &["-a", "--"]).arg(&library).arg(&partial))?;
     std::fs::rename(&partial, rust.join("library")).context("installing the sources of core")
 }

@@ -423,6 +423,12 @@ mod tests {
         ) -> Result<tonic::Response<crate::v1::SwitchResponse>, Status> {
             Err(Status::unimplemented("not in this test"))
         }
+        async fn hold(
+            &self,
+            _: Request<crate::v1::HoldRequest>,
+        ) -> Result<tonic::Response<crate::v1::HoldResponse>, Status> {
+            Err(Status::unimplemented("not in this test"))
+        }
         async fn abort(
             &self,
             _: Request<crate::v1::AbortSwitchRequest>,

@@ -74,6 +74,7 @@ impl Call {
                     destination: Some(server(&self.plan.to)),
                     user_addresses: self.plan.user_addresses(),
                     allow_other_peers: self.plan.allow_other_peers,
+                    ..v1::PrepareRequest::default()
                 };
                 let answer = self.before(|deadline| {
                     let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
@@ -128,7 +129,11 @@ impl Call {
     }
 
     async fn freeze(&self, migration: String, sent_us: u64) -> Event {
-        let request = v1::FreezeRequest { migration, yield_with_vote: self.plan.policy == Policy::Disaster };
+        let request = v1::FreezeRequest {
+            migration,
+            yield_with_vote: self.plan.policy == Policy::Disaster,
+            ..v1::FreezeRequest::default()
+        };
         let answer = self.before(|deadline| {
             let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
             async move { client?.freeze(request).await }

@@ -786,6 +786,8 @@ impl gateway_server::Gateway for Gateway {
                     to_network: s.to.into(),
                     users: s.users as u32,
                     window_ns: s.window_ns,
+                    phase: "forward".into(),
+                    held: None,
                 })
                 .collect(),
             counters: counters
@@ -899,6 +901,11 @@ impl gateway_server::Gateway for Gateway {
         }))
     }
 
+    async fn hold(&self, request: Request<v1::HoldRequest>) -> Result<Response<v1::HoldResponse>, Status> {
+        require_role(&request, CONTROLLER)?;
+        Err(Status::unimplemented("this gateway cannot hold frames"))
+    }
+
     async fn abort(
         &self,
         request: Request<v1::AbortSwitchRequest>,
@@ -915,7 +922,7 @@ impl gateway_server::Gateway for Gateway {
             .await?;
         info!(migration, was_switched, "aborted");
         self.retire(retired).await?;
-        Ok(Response::new(v1::AbortSwitchResponse { was_switched }))
+        Ok(Response::new(v1::AbortSwitchResponse { was_switched, held: None }))
     }
 
     async fn finish(
@@ -934,6 +941,6 @@ impl gateway_server::Gateway for Gateway {
             .await?;
         info!(migration, "finished");
         self.retire(retired).await?;
-        Ok(Response::new(v1::FinishSwitchResponse {}))
+        Ok(Response::new(v1::FinishSwitchResponse::default()))
     }
 }

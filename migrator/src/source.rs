@@ -268,6 +268,7 @@ fn answer(live: &Live) -> Answer<FreezeResponse> {
     let vote = part(live).and_then(|(_, s)| Some((s.pid, s.vote.clone()?)));
     let (pid, vote) = vote.ok_or_else(|| Failure::new(Code::Internal, "a vote without its record"))?;
     Ok(FreezeResponse {
+        markers_seen: 0,
         steps: vote.steps.into_iter().map(Into::into).collect(),
         pid,
         image_bytes: vote.image_bytes,

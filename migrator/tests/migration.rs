@@ -226,13 +226,13 @@ impl World {
             service: self.service(),
             destination: self.server(to),
             user_addresses: vec!["10.1.0.100".into()],
-            allow_other_peers: false,
+            ..PrepareRequest::default()
         };
         self.call(from, |mut c| async move { c.prepare(request).await }).map(drop)
     }
 
     fn freeze(&self, from: &Host, id: &str) -> Result<FreezeResponse, Status> {
-        let request = FreezeRequest { migration: id.into(), yield_with_vote: false };
+        let request = FreezeRequest { migration: id.into(), ..FreezeRequest::default() };
         self.call(from, |mut c| async move { c.freeze(request).await })
     }
 
@@ -645,7 +645,7 @@ fn connections_that_nobody_accepts_fail_the_freeze_and_harm_nothing() {
             service: w.service(),
             destination: w.server(&b),
             user_addresses: vec!["10.1.0.100".into()],
-            allow_other_peers: false,
+            ..PrepareRequest::default()
         };
         if let Some(s) = request.service.as_mut() {
             s.target = Some(Target { by: Some(By::Command("^perl ".into())) });

@@ -302,6 +302,26 @@ impl Gateway for FakeGateway {
             .await
     }
 
+    async fn hold(&self, request: Request<v1::HoldRequest>) -> Result<Response<v1::HoldResponse>, Status> {
+        let r = request.into_inner();
+        self.stage
+            .call(&self.name, "hold", &r.migration, || {
+                let mut s = self.state.lock().unwrap();
+                let Some((_, _, users, switched)) = s.staged.get_mut(&r.migration) else {
+                    return Err(Status::failed_precondition("not staged"));
+                };
+                if *switched || (r.switch, r.generation) != (1, 7) {
+                    return Err(Status::failed_precondition("not what was staged"));
+                }
+                Ok(v1::HoldResponse {
+                    users: users.len() as u32,
+                    marker_sent: r.marker.is_some(),
+                    took_us: 80,
+                })
+            })
+            .await
+    }
+
     async fn abort(
         &self,
         request: Request<v1::AbortSwitchRequest>,
@@ -314,7 +334,7 @@ impl Gateway for FakeGateway {
                     return Ok(v1::AbortSwitchResponse::default());
                 };
                 s.users.extend(users.into_iter().map(|u| (u, from.clone())));
-                Ok(v1::AbortSwitchResponse { was_switched })
+                Ok(v1::AbortSwitchResponse { was_switched, held: None })
             })
             .await
     }
@@ -327,7 +347,7 @@ impl Gateway for FakeGateway {
         self.stage
             .call(&self.name, "finish", &r.migration, || {
                 self.state.lock().unwrap().staged.remove(&r.migration);
-                Ok(v1::FinishSwitchResponse {})
+                Ok(v1::FinishSwitchResponse::default())
             })
             .await
     }
@@ -432,6 +452,7 @@ impl Migrator for FakeMigrator {
                 let to = if r.yield_with_vote { "yielded" } else { "voted" };
                 self.go(&r.migration, &["prepared"], to)?;
                 Ok(v1::FreezeResponse {
+                    markers_seen: r.markers.len() as u32,
                     steps: vec![
                         timing("fence", 10, 20),
                         timing("dump", 30, 100),

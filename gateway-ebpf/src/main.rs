@@ -37,6 +37,10 @@ use gateway_ebpf::{
     outcome::Action,
 };
 
+mod keep;
+
+use keep::Keep;
+
 /// How often a user's word is read when it and its switch are of different generations.
 const READS: u32 = 4;
 
@@ -94,7 +98,7 @@ fn verdict(result: Result<Outcome, Outcome>) -> u32 {
         unsafe { *counter += 1 };
     }
     match outcome.action() {
-        Action::Drop => xdp_action::XDP_DROP,
+        Action::Drop | Action::Keep => xdp_action::XDP_DROP,
         Action::Host => xdp_action::XDP_PASS,
         Action::Forward => xdp_action::XDP_REDIRECT,
     }
@@ -302,12 +306,22 @@ fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let result = match user.select(word) {
         None => Err(Outcome::AccessGeneration),
         Some(selection) => {
-            let result = send(ctx, eth, &headers, &user, selection.network);
-            // `a` is what the switch turns away from
-            if matches!(result, Ok(Outcome::AccessForwarded)) && selection.network == word.a() {
-                stamp(cpu, word.switch());
+            let kept = keep::keep(ctx, &headers, slot, word, selection.phase);
+            if let Keep::Kept(result) = kept {
+                result
+            } else {
+                let result = send(ctx, eth, &headers, &user, selection.network);
+                match result {
+                    Ok(Outcome::AccessForwarded) => {
+                        // `a` is what the switch turns away from
+                        if selection.network == word.a() {
+                            stamp(cpu, word.switch());
+                        }
+                        Ok(if matches!(kept, Keep::Expired) { Outcome::AccessHoldExpired } else { Outcome::AccessForwarded })
+                    }
+                    other => other,
+                }
             }
-            result
         }
     };
     run.end();

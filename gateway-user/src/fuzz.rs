@@ -15,6 +15,7 @@ use handover_api::v1;
 
 use crate::{
     desired::Desired,
+    hold::Bounds,
     mac::Mac,
     oracle::{Network, Octets, Place, Prediction, User, World},
     plane::{Options, Plane, PlaneError, Side},
@@ -37,6 +38,9 @@ const R: [[u8; 4]; 2] = [[10, 1, 0, 1], [10, 9, 0, 1]];
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
 const ARP: u16 = 0x0806;
+
+/// Bounds on what is held.
+const HELD: Bounds = Bounds { memory: 1 << 20, per_user: 1 << 18 };
 
 /// Choices.
 pub trait Draw {
@@ -287,7 +291,11 @@ impl Harness {
     /// # Errors
     /// [`Failure::Plane`]; needs root.
     pub fn new() -> Result<Self, Failure> {
-        let plane = Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL) })?;
+        let plane = Plane::load(&Options {
+            max_users: USERS_MAX,
+            virtual_router_mac: Mac(VIRTUAL),
+            hold: HELD,
+        })?;
         let mut harness = Self { plane, counted: [0; _], out: vec![0; LONGEST + 64] };
         harness.counted = harness.counters()?;
         Ok(harness)
@@ -408,7 +416,7 @@ impl Harness {
             let out = &self.out[..result.data_size_out as usize];
             // linux/bpf.h: enum xdp_action
             let verdict = match predicted.outcome.action() {
-                Action::Drop => 1,
+                Action::Drop | Action::Keep => 1,
                 Action::Host => 2,
                 Action::Forward => 4,
             };

@@ -317,7 +317,11 @@ fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
                         if selection.network == word.a() {
                             stamp(cpu, word.switch());
                         }
-                        Ok(if matches!(kept, Keep::Expired) { Outcome::AccessHoldExpired } else { Outcome::AccessForwarded })
+                        Ok(if matches!(kept, Keep::Expired) {
+                            Outcome::AccessHoldExpired
+                        } else {
+                            Outcome::AccessForwarded
+                        })
                     }
                     other => other,
                 }

@@ -325,7 +325,10 @@ mod tests {
     #[test]
     fn a_user_in_no_switch_is_on_a() {
         let word = UserWord::resting(3);
-        assert_eq!(word.select(SwitchWord::REST), Some(Selection { network: 3, also: 3, phase: Phase::Forward }));
+        assert_eq!(
+            word.select(SwitchWord::REST),
+            Some(Selection { network: 3, also: 3, phase: Phase::Forward })
+        );
         assert_eq!(UserWord(0).select(SwitchWord::REST).unwrap().network, 0, "no user: no network");
     }
 

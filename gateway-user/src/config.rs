@@ -157,7 +157,11 @@ impl Config {
             return refuse("hold.memory_mib", &memory_mib, "use a power of two, 1 to 1024");
         }
         if per_user_kib == 0 || per_user_kib > memory_mib << 10 {
-            return refuse("hold.per_user_kib", &per_user_kib, "use 1 up to all of hold.memory_mib (which are 1024 each)");
+            return refuse(
+                "hold.per_user_kib",
+                &per_user_kib,
+                "use 1 up to all of hold.memory_mib (which are 1024 each)",
+            );
         }
         for (key, dir) in
             [("pin_dir", &config.pin_dir), ("state_dir", &config.state_dir), ("socket", &config.socket)]

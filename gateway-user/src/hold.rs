@@ -18,9 +18,9 @@ use std::{
 };
 
 use gateway_ebpf::{
-    Load, Network, SwitchWord, UserWord,
+    Load, Network, Record, SwitchWord, UserWord,
     frame::{ip_octets, ip_word},
-    hold::HoldWord,
+    hold::{HoldWord, RECORD_LEN},
 };
 use nix::{
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
@@ -30,7 +30,7 @@ use nix::{
 use crate::{
     mapping::Mapping,
     plane::{PlaneError, grace_period, monotonic_ns},
-    ring::Ring,
+    ring::{At, Ring},
     table::HoldFigures,
 };
 
@@ -148,6 +148,28 @@ impl Holds {
         self.word(0, HoldWord::Sent).fetch_add(load.0, Ordering::SeqCst);
     }
 
+    /// Takes the next frame out of the ring.
+    pub fn take(&self) -> Option<(Record, Vec<u8>)> {
+        let mut ring = self.ring.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            let (kept, next) = match ring.at(ring.position()) {
+                At::Nothing => return None,
+                At::Gap(next) => (None, next),
+                At::Record(bytes, next) => (bytes.split_first_chunk::<RECORD_LEN>(), next),
+            };
+            let kept = kept.map(|(head, frame)| (Record(u64::from_ne_bytes(*head)), frame.to_vec()));
+            ring.take_until(next);
+            if kept.is_some() {
+                return kept;
+            }
+        }
+    }
+
+    /// Whether everything has been taken.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    }
+
     pub(crate) fn switch_word(&self, switch: u16) -> SwitchWord {
         SwitchWord(self.switch.word(switch.into(), 0).load(Ordering::SeqCst))
     }
@@ -182,10 +204,6 @@ impl Holds {
             return grace_period();
         }
         Ok(())
-    }
-
-    pub(crate) fn ring(&self) -> std::sync::MutexGuard<'_, Ring> {
-        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

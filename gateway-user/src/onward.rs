@@ -74,7 +74,8 @@ impl Marker {
         let udp_len = (8 + payload.len()) as u16;
         let mut udp = [port.to_be_bytes(), port.to_be_bytes(), udp_len.to_be_bytes(), [0; 2]].concat();
         udp.extend(payload);
-        let pseudo = [&source.octets()[..], &address.octets(), &[0, UDP], &udp_len.to_be_bytes(), &udp].concat();
+        let pseudo =
+            [&source.octets()[..], &address.octets(), &[0, UDP], &udp_len.to_be_bytes(), &udp].concat();
         // 0 would say that there is none (RFC 768)
         let sum = match checksum(&pseudo) {
             0 => 0xffff,

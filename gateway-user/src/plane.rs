@@ -25,8 +25,8 @@
 use std::{
     collections::{HashMap as Known, HashSet},
     fs, io,
-    os::fd::AsFd as _,
     net::Ipv4Addr,
+    os::fd::AsFd as _,
     sync::{
         Arc, Mutex,
         atomic::{AtomicU64, Ordering},
@@ -245,7 +245,10 @@ impl Plane {
             && pinned != memory
         {
             let mib = pinned >> 20;
-            tracing::warn!(mib, "held frames have the memory they were pinned with; `handover-gateway detach` first to change it");
+            tracing::warn!(
+                mib,
+                "held frames have the memory they were pinned with; `handover-gateway detach` first to change it"
+            );
             memory = pinned;
         }
         let shapes = shapes(options.max_users, cpus, memory);

@@ -27,24 +27,19 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_ebpf::{
-    Load, Record,
-    hold::{HoldWord, RECORD_LEN},
-    words::Phase,
-};
+use gateway_ebpf::{Load, Record, hold::HoldWord, words::Phase};
 use nix::{
     errno::Errno,
     sched::{CpuSet, sched_getcpu, sched_setaffinity},
     sys::socket::{
-        AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket,
-        sockopt::SndBufForce,
+        AddressFamily, SockFlag, SockProtocol, SockType, setsockopt, socket, sockopt::SndBufForce,
     },
     unistd::Pid,
 };
 use tokio::sync::oneshot;
 
 use crate::{
-    hold::Holds, introduce::bind_to, link::Link, mac::Mac, onward::onward, plane::monotonic_ns, ring::At,
+    hold::Holds, introduce::bind_to, link::Link, mac::Mac, onward::onward, plane::monotonic_ns,
     table::HoldFigures,
 };
 
@@ -122,7 +117,13 @@ impl Releaser {
         Errno::result(result)?;
         setsockopt(&out, SndBufForce, &SEND_BUFFER)?;
         bind_to(&out, wan, 0)?;
-        Ok(Self(Arc::new(Inner { holds, virtual_mac, out, jobs: Mutex::default(), parked: Mutex::default() })))
+        Ok(Self(Arc::new(Inner {
+            holds,
+            virtual_mac,
+            out,
+            jobs: Mutex::default(),
+            parked: Mutex::default(),
+        })))
     }
 
     /// Sends one frame into the WAN, ahead of all that is held.
@@ -141,7 +142,10 @@ impl Releaser {
         jobs.new.push(Job { switch, pending: slots.clone(), slots, done: vec![done] });
         if !jobs.running {
             let inner = Arc::clone(&self.0);
-            match thread::Builder::new().name("release".into()).spawn(move || Drain { inner, jobs: HashMap::new() }.run()) {
+            match thread::Builder::new()
+                .name("release".into())
+                .spawn(move || Drain { inner, jobs: HashMap::new() }.run())
+            {
                 Ok(_) => jobs.running = true,
                 Err(error) => {
                     jobs.new.clear();
@@ -185,8 +189,9 @@ impl Inner {
         while results.len() < frames.len() {
             let rest = &mut messages[results.len()..];
             // SAFETY: `rest` and what it points to outlive the call, which does not write to the frames.
-            let sent =
-                unsafe { libc::sendmmsg(self.out.as_raw_fd(), rest.as_mut_ptr(), rest.len() as libc::c_uint, 0) };
+            let sent = unsafe {
+                libc::sendmmsg(self.out.as_raw_fd(), rest.as_mut_ptr(), rest.len() as libc::c_uint, 0)
+            };
             match Errno::result(sent) {
                 Ok(sent) => {
                     results.extend((0..sent).map(|_| Ok(())));
@@ -223,7 +228,10 @@ impl Inner {
             if turns.is_multiple_of(64) {
                 thread::yield_now();
                 if begun.elapsed() > TRANSMIT_LIMIT {
-                    tracing::warn!(octets, "the WAN interface does not transmit; later frames may overtake these");
+                    tracing::warn!(
+                        octets,
+                        "the WAN interface does not transmit; later frames may overtake these"
+                    );
                     return;
                 }
             }
@@ -282,21 +290,12 @@ impl Drain {
             }
         }
         parked.retain(|_, kept| !kept.is_empty());
-        let mut ring = self.inner.holds.ring();
-        let begun = ring.position();
-        let mut position = begun;
-        while batch.len() < BATCH {
-            let (bytes, next) = match ring.at(position) {
-                At::Nothing => break,
-                At::Gap(next) => {
-                    position = next;
-                    continue;
-                }
-                At::Record(bytes, next) => (bytes, next),
-            };
-            position = next;
-            let Some((head, frame)) = bytes.split_first_chunk::<RECORD_LEN>() else { continue };
-            let kept = Kept { record: Record(u64::from_ne_bytes(*head)), frame: frame.to_vec() };
+        let mut taken = false;
+        while batch.len() < BATCH
+            && let Some((record, frame)) = self.inner.holds.take()
+        {
+            taken = true;
+            let kept = Kept { record, frame };
             match self.fate(kept.record) {
                 Fate::Park => parked.entry(kept.record.switch()).or_default().push_back(kept),
                 // behind what is parked of its switch
@@ -310,10 +309,9 @@ impl Drain {
                 }
             }
         }
-        ring.take_until(position);
-        drop((ring, parked));
+        drop(parked);
         self.send(&batch);
-        !batch.is_empty() || position != begun
+        taken || !batch.is_empty()
     }
 
     fn fate(&self, record: Record) -> Fate {
@@ -370,7 +368,7 @@ impl Drain {
             before.extend(job.pending.iter().map(|slot| (*slot, holds.counts(*slot).0)));
         }
         holds.wait_for_runs();
-        let nothing_anywhere = holds.ring().is_empty();
+        let nothing_anywhere = holds.is_empty();
         let parked = self.inner.parked();
         self.jobs.retain(|switch, job| {
             if nothing_anywhere && !parked.contains_key(switch) {

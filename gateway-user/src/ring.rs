@@ -62,7 +62,8 @@ unsafe impl Sync for Pages {}
 impl Pages {
     fn map(fd: impl AsFd, bytes: usize, offset: usize, write: bool) -> io::Result<Self> {
         let bytes = NonZeroUsize::new(bytes).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?;
-        let protection = if write { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
+        let protection =
+            if write { ProtFlags::PROT_READ | ProtFlags::PROT_WRITE } else { ProtFlags::PROT_READ };
         let offset = offset.try_into().map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let start = unsafe { mmap(None, bytes, protection, MapFlags::MAP_SHARED, fd, offset) }?;

@@ -21,11 +21,11 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gateway_ebpf::words::Selector;
 use handover_api::{
     tls::{Peer, Role, require_role},
     v1::{self, finding::Severity, gateway_server},
 };
-use gateway_ebpf::words::Selector;
 use tokio::task::JoinSet;
 use tonic::{Code, Request, Response, Status};
 use tracing::{debug, info, warn};
@@ -37,14 +37,14 @@ use crate::{
     introduce::{Heard, Introduced, Introducer, PATIENCE},
     link::{Link, LinkError, Promiscuous},
     mac::Mac,
-    pins::{self, PinError, Pins},
     onward::Marker,
+    pins::{self, PinError, Pins},
     plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
     release::Releaser,
     state::{StateError, Store},
     table::{
-        Asked, HoldFigures, HoldStep, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer, StageStep, SwitchAnswer, SwitchStep,
-        Table, Write,
+        Asked, HoldFigures, HoldStep, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer,
+        StageStep, SwitchAnswer, SwitchStep, Table, Write,
     },
 };
 
@@ -372,8 +372,9 @@ impl Gateway {
                 }
             }
         };
-        let figures =
-            answer.await.map_err(|_| Status::internal("held frames are not released: see the gateway's log"))?;
+        let figures = answer
+            .await
+            .map_err(|_| Status::internal("held frames are not released: see the gateway's log"))?;
         info!(migration, ?to, ?figures, "released");
         self.core().table.released(migration, figures);
         Ok(())
@@ -686,7 +687,8 @@ impl From<Refusal> for Status {
 
 impl From<HoldFigures> for v1::HoldFigures {
     fn from(figures: HoldFigures) -> Self {
-        let HoldFigures { frames, bytes, dropped_user_bound, dropped_memory, lost, late, release_us } = figures;
+        let HoldFigures { frames, bytes, dropped_user_bound, dropped_memory, lost, late, release_us } =
+            figures;
         Self { frames, bytes, dropped_user_bound, dropped_memory, lost, late, release_us }
     }
 }
@@ -984,7 +986,8 @@ impl gateway_server::Gateway for Gateway {
             if !step.again {
                 let deadline_ns = received_ns + deadline_ms * 1_000_000;
                 core.plane.holds().begin(step.index, address, deadline_ns);
-                core.plane.apply(&[Write::Switch { index: step.index, word: step.word }])
+                core.plane
+                    .apply(&[Write::Switch { index: step.index, word: step.word }])
                     .map_err(|e| internal(&e))?;
             }
             (step, Arc::clone(core.plane.holds()))

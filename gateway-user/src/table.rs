@@ -158,7 +158,9 @@ pub enum Refusal {
     #[error("migration `{0}` is switched: its users' frames can only be held before that")]
     Switched(String),
     /// On the way out already.
-    #[error("migration `{0}` is being ended here the other way, what was held is being released: ask for that again")]
+    #[error(
+        "migration `{0}` is being ended here the other way, what was held is being released: ask for that again"
+    )]
     Releasing(String),
     /// Frames are held.
     #[error("migration `{0}` holds frames that are not released yet")]

@@ -296,7 +296,7 @@ impl Bench {
             virtual_router_mac: VIRTUAL_ROUTER,
             hold: Bounds::default(),
         })
-            .context("the benchmark loads the real programs")?;
+        .context("the benchmark loads the real programs")?;
         for side in [Side::Access, Side::Wan] {
             plane.set_port(side, LOOPBACK, 1514)?;
         }

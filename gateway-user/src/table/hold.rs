@@ -138,7 +138,9 @@ impl Table {
         }
         let again = match (switch.hold, switch.state) {
             (_, State::Staging) => return Err(Refusal::StillStaging(migration.into())),
-            (Some(HoldState { release: Some(_), .. }), _) => return Err(Refusal::Releasing(migration.into())),
+            (Some(HoldState { release: Some(_), .. }), _) => {
+                return Err(Refusal::Releasing(migration.into()));
+            }
             (_, State::Switched(_)) => return Err(Refusal::Switched(migration.into())),
             (Some(hold), State::Staged) if hold.address != address => return differs("held address"),
             (hold, State::Staged) => hold.is_some(),

@@ -11,8 +11,8 @@ use gateway_ebpf::{Link, NETWORKS, Network, Router, SWITCHES, SwitchWord, User, 
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table, UserSpec,
-    UserState, WAN_PORT, Write, slots_for,
+    ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table,
+    UserSpec, UserState, WAN_PORT, Write, slots_for,
 };
 use crate::mac::Mac;
 

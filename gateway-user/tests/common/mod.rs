@@ -2,6 +2,8 @@
 //! program by the kernel (`BPF_PROG_TEST_RUN`) and comes back with the verdict and the outcome that was counted.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod lab;
+
 use aya::programs::{TestRun as _, TestRunOptions};
 use gateway_ebpf::Outcome;
 use handover_api::v1;
@@ -80,8 +82,8 @@ pub fn inventory() -> v1::ConfigureRequest {
 
 impl Rig {
     pub fn empty(max_users: u32) -> Self {
-        let mut plane =
-            Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold: HELD }).expect("these tests need root");
+        let mut plane = Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold: HELD })
+            .expect("these tests need root");
         for side in [Side::Access, Side::Wan] {
             plane.set_port(side, LOOPBACK, 1514).unwrap();
         }

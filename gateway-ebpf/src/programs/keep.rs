@@ -22,7 +22,7 @@ use gateway_ebpf::{
     words::Phase,
 };
 
-use crate::{Headers, at};
+use super::tags::{Headers, at};
 
 #[map]
 static HOLD: Array<Hold> = Array::with_max_entries(SWITCHES, BPF_F_MMAPABLE);

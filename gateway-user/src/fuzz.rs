@@ -441,6 +441,10 @@ impl Harness {
         frames: &[Vec<u8>],
         tally: &mut Tally,
     ) -> Result<(), Failure> {
+        // what was kept against the oracle's word
+        while let Some((record, kept)) = self.plane.holds().take() {
+            self.plane.holds().sent(record.slot(), Load::frame(kept.len() as u64));
+        }
         let mut expected = [0; Outcome::ALL.len()];
         let program = self.plane.program(side)?;
         for frame in frames {
@@ -483,6 +487,7 @@ impl Harness {
                 });
                 if kept.as_ref() != Some(frame) {
                     let kept = kept.unwrap_or_default();
+                    self.counted = self.counters()?;
                     return Err(Failure::Kept { frame: frame.clone(), kept });
                 }
             }

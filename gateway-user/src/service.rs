@@ -43,7 +43,7 @@ use crate::{
     release::Releaser,
     state::{StateError, Store},
     table::{
-        Asked, HoldFigures, HoldStep, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer,
+        Asked, HoldFigures, HoldStep, Named, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer,
         StageStep, SwitchAnswer, SwitchStep, Table, Write,
     },
 };
@@ -940,10 +940,20 @@ impl gateway_server::Gateway for Gateway {
     ) -> Result<Response<v1::SwitchResponse>, Status> {
         let received_ns = monotonic_ns();
         require_role(&request, CONTROLLER)?;
-        let v1::SwitchRequest { migration, switch, generation, users, to_network } = request.into_inner();
+        let v1::SwitchRequest { migration, switch, generation, users, to_network, users_digest } =
+            request.into_inner();
+        let named = match (users.is_empty(), users_digest.is_empty()) {
+            (_, true) => Named::Users(&users),
+            (true, false) => Named::Digest(&users_digest),
+            (false, false) => {
+                return Err(Status::invalid_argument(format!(
+                    "switch of migration `{migration}`: users and users_digest are both given; give one of them"
+                )));
+            }
+        };
         let answer = {
             let mut core = self.core();
-            match core.table.switch(&migration, switch, generation, &users, &to_network)? {
+            match core.table.switch(&migration, switch, generation, named, &to_network)? {
                 SwitchStep::Done(answer) => answer,
                 SwitchStep::Store { index, word } => {
                     let committed = core.plane.commit(index, word);
@@ -957,7 +967,7 @@ impl gateway_server::Gateway for Gateway {
             }
         };
         self.save_soon();
-        info!(migration, users = users.len(), to = to_network, ?answer, "switched");
+        info!(migration, to = to_network, ?answer, "switched");
         Ok(Response::new(v1::SwitchResponse {
             window_ns: answer.window_ns,
             store_latency_ns: answer.store_latency_ns,

@@ -43,6 +43,8 @@ use gateway_ebpf::{
     words::{Phase, Selector},
 };
 
+use handover_api::users::{self, DIGEST_LEN};
+
 use crate::{
     desired::{Desired, NetworkSpec, UserSpec},
     groups::{Hearers, HearersByVid},
@@ -345,8 +347,25 @@ struct Switch {
     to: Arc<str>,
     /// Sorted.
     users: Vec<Arc<str>>,
+    /// Of their names.
+    digest: [u8; DIGEST_LEN],
     state: State,
     hold: Option<HoldState>,
+}
+
+/// How a switch names its users again.
+#[derive(Debug, Clone, Copy)]
+pub enum Named<'a> {
+    /// All of them, in any order.
+    Users(&'a [String]),
+    /// By [`handover_api::users::digest`].
+    Digest(&'a [u8]),
+}
+
+impl<'a> From<&'a Vec<String>> for Named<'a> {
+    fn from(users: &'a Vec<String>) -> Self {
+        Self::Users(users)
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -642,12 +661,14 @@ impl Table {
         }
         staged.sort_unstable();
         self.generation += 1;
+        let digest = users::digest(&staged);
         let switch = Switch {
             index,
             generation: self.generation,
             from,
             to,
             users: staged,
+            digest,
             state: State::Staging,
             hold: None,
         };
@@ -724,12 +745,12 @@ impl Table {
     ///
     /// # Errors
     /// [`Refusal`] if this is not what was staged.
-    pub fn switch(
+    pub fn switch<'a>(
         &self,
         migration: &str,
         index: u32,
         generation: u64,
-        users: &[String],
+        users: impl Into<Named<'a>>,
         to: &str,
     ) -> Result<SwitchStep, Refusal> {
         let differs = |what| Err(Refusal::Differs { migration: migration.into(), what });
@@ -751,7 +772,11 @@ impl Table {
         if *switch.to != *to {
             return differs("networks");
         }
-        if !same_users(&switch.users, users) {
+        let same = match users.into() {
+            Named::Users(users) => same_users(&switch.users, users),
+            Named::Digest(digest) => switch.digest == digest,
+        };
+        if !same {
             return differs("users");
         }
         match switch.state {

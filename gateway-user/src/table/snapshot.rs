@@ -8,6 +8,7 @@ use std::{
 };
 
 use gateway_ebpf::{Link, NETWORKS, Network, Router, SWITCHES, SwitchWord, User, UserWord, words::Selector};
+use handover_api::users;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -287,9 +288,10 @@ impl Table {
             }
             users.sort_unstable();
             let state = s.switched.map_or(State::Staged, State::Switched);
+            let digest = users::digest(&users);
             let (index, generation) = (s.index, s.generation);
             // what is held is known to the maps: they tell (`adopt`), or it is gone with them
-            let switch = Switch { index, generation, from, to, users, state, hold: None };
+            let switch = Switch { index, generation, from, to, users, digest, state, hold: None };
             table.generation = table.generation.max(s.generation);
             table.switches.insert(migration, switch);
         }

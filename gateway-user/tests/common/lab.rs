@@ -30,6 +30,7 @@ use std::{
 use aya::maps::MapData;
 use handover_api::{
     tls::{Role, Tls, init_authority, issue},
+    users,
     v1::{self, gateway_client::GatewayClient},
 };
 use handover_gateway::mac::Mac;
@@ -479,7 +480,8 @@ pub fn switch_of(staged: &v1::StageResponse, migration: &str) -> v1::SwitchReque
         migration: migration.into(),
         switch: staged.switch,
         generation: staged.generation,
-        users: vec!["taro".into()],
+        users: Vec::new(),
         to_network: "net2".into(),
+        users_digest: users::digest(&["taro"]).into(),
     }
 }

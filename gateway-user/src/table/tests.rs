@@ -656,8 +656,9 @@ fn every_call_in_every_state_of_a_hold() {
     let m = || "m".to_string();
     let (is, no) = (|text: &str| Ok(text.to_string()), Err);
     let (releasing, unreleased) = (|| no(Refusal::Releasing(m())), || no(Refusal::NotReleased(m())));
+    type Answers = [Result<String, Refusal>; 6];
     #[rustfmt::skip]
-    let table: [(&str, Call, [Result<String, Refusal>; 6]); 6] = [
+    let table: [(&str, Call, Answers); 6] = [
         // held, switched, aborting, finishing, released a, released b
         ("hold", hold, [
             is("true"), no(Refusal::Switched(m())), releasing(), releasing(), releasing(), releasing(),

@@ -5,7 +5,7 @@
 //!                               |           | Write ...
 //!                               |           v
 //!                               |        plane (XDP programs, maps, the one store) ---- access / wan interfaces
-//!                               +------> introduce (ARP as the users, learns the routers' MACs) --- wan
+//!                               +------> introduce (ARP, ND as the users, learns the routers' MACs) --- wan
 //! ```
 //!
 //! - [`config`]: the configuration file. [`desired`]: what the controller pushes, validated.
@@ -14,7 +14,7 @@
 //!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
 //! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
 //!   takes it over.
-//! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`introduce`]: asks "who has r" as users, in ARP and IPv6, and hears the routers. [`neighbour`]: IPv6 neighbour discovery.
 //! - [`groups`]: broadcast and multicast, a copy to each user of the network.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
 //! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
@@ -27,6 +27,7 @@ pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod neighbour;
 pub mod oracle;
 pub mod pins;
 pub mod plane;

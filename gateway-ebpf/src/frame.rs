@@ -165,6 +165,28 @@ pub struct LinkOption {
     pub mac: WireMac,
 }
 
+/// The fixed part of an IPv4 header (RFC 791), as far as there is a rule for it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv4 {
+    /// Version and header length.
+    pub version_length: u8,
+    /// DSCP and ECN.
+    pub service: u8,
+    /// Length, identification, fragment.
+    pub fragment: [u16; 3],
+    /// Time to live.
+    pub ttl: u8,
+    /// What follows.
+    pub protocol: u8,
+    /// Of the header.
+    pub checksum: u16,
+    /// Source address.
+    pub src: [u16; 2],
+    /// Destination address.
+    pub dst: [u16; 2],
+}
+
 /// A MAC as one number, for maps and comparisons: the frame's three 16-bit units as they are in memory.
 #[inline(always)]
 pub const fn wire_mac_word(mac: WireMac) -> u64 {
@@ -301,6 +323,8 @@ mod tests {
         assert_eq!(size_of::<Ipv6>(), IPV6_LEN);
         assert_eq!(size_of::<Neighbour>(), NEIGHBOUR_LEN);
         assert_eq!(size_of::<LinkOption>(), LINK_OPTION_LEN);
+        assert_eq!(core::mem::offset_of!(Ipv4, dst), 16);
+        assert_eq!(size_of::<Ipv4>(), 20);
         for align in [
             align_of::<Eth>(),
             align_of::<Tag>(),

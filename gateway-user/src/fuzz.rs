@@ -12,19 +12,21 @@
 use std::{
     collections::HashSet,
     net::{Ipv4Addr, Ipv6Addr},
+    sync::{Arc, atomic::Ordering},
 };
 
 use aya::programs::{TestRun as _, TestRunOptions};
-use gateway_ebpf::{Outcome, UserWord, outcome::Action};
+use gateway_ebpf::{Load, Outcome, UserWord, hold::HoldWord, outcome::Action, words::Selector};
 use handover_api::v1;
 
 use crate::{
     desired::{ACCESS_PORT, Desired, PORT_STEP, WAN_PORT, Wiring},
+    hold::Bounds,
     mac::Mac,
     neighbour,
-    oracle::{Ip6, Network, Octets, Place, Prediction, User, World},
+    oracle::{Hold, Ip6, Network, Octets, Place, Prediction, User, World},
     plane::{Options, Plane, PlaneError, Side},
-    table::{SwitchAnswer, SwitchStep, Table, Write},
+    table::{StageAnswer, SwitchAnswer, SwitchStep, Table, Write},
 };
 
 /// Users there can be in a world.
@@ -56,11 +58,15 @@ const R6: [Ip6; 2] = [
     [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
     [0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
 ];
+const V: [u8; 4] = [203, 0, 113, 10];
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
 const ARP: u16 = 0x0806;
 const IPV4: u16 = 0x0800;
 const IPV6: u16 = 0x86dd;
+
+/// Bounds on what is held.
+const HELD: Bounds = Bounds { memory: 1 << 20, per_user: 1 << 18 };
 
 /// Choices.
 pub trait Draw {
@@ -169,11 +175,21 @@ pub fn world(draw: &mut impl Draw) -> World {
                     addresses.clear();
                 }
             }
-            let elsewhere = draw.once_in(8);
+            let elsewhere = draw.once_in(10);
             let tag = draw.once_in(4).then(|| draw.one(&ACCESS_TAGS));
             let anonymous = draw.once_in(4) && whole.insert((elsewhere, tag));
             let mac = (!anonymous).then_some([2, 0, 0, 0, 1, n]);
-            User { mac, tag, elsewhere, guard: draw.once_in(4), addresses, addresses6, place }
+            let in_switch = matches!(place, Place::Staged(..) | Place::Switched(..));
+            let hold = match draw.below(8) {
+                _ if !in_switch => Hold::No,
+                2 | 3 => Hold::Holding,
+                4 => Hold::Draining,
+                5 => Hold::Drained,
+                6 => Hold::Full,
+                7 => Hold::Expired,
+                _ => Hold::No,
+            };
+            User { mac, tag, elsewhere, guard: draw.once_in(6), addresses, addresses6, place, hold }
         })
         .collect();
     let largest = [1514, 1514, 60, 114, 1518, 3000, 9014];
@@ -181,6 +197,8 @@ pub fn world(draw: &mut impl Draw) -> World {
         virtual_mac: VIRTUAL,
         networks,
         users,
+        service: V,
+        memory_full: draw.once_in(4),
         access_largest: draw.one(&largest),
         wan_largest: draw.one(&largest),
     }
@@ -237,13 +255,21 @@ fn address6(draw: &mut impl Draw, world: &World) -> Ip6 {
     }
 }
 
-/// An IPv4 packet: what the guard looks at, mostly.
-fn ipv4(draw: &mut impl Draw, world: &World) -> Vec<u8> {
+/// An IPv4 packet: of a user what the guard looks at, and to the service, mostly.
+fn ipv4(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
     let mut packet = vec![draw.one(&[0x45, 0x45, 0x45, 0x46]), 0, 0, 28, 0, 0, 0, 0, 64];
     packet.push(draw.one(&[17, 17, 6, 1]));
     packet.extend([0, 0]);
-    packet.extend(if draw.once_in(4) { [0; 4] } else { address(draw, world) });
-    packet.extend(address(draw, world));
+    packet.extend(if draw.once_in(8) { [0; 4] } else { address(draw, world) });
+    if side == Side::Access && !draw.once_in(4) {
+        let mut to = world.service;
+        if draw.once_in(8) {
+            to[draw.below(4) as usize] ^= 1 << draw.below(8);
+        }
+        packet.extend(to);
+    } else {
+        packet.extend(address(draw, world));
+    }
     let ports: [u16; 2] = [draw.one(&[68, 68, 67]), draw.one(&[67, 67, 68])];
     packet.extend(ports.map(u16::to_be_bytes).concat());
     packet
@@ -319,7 +345,7 @@ pub fn frame(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
     };
     frame.extend(ethertype.to_be_bytes());
     match ethertype {
-        IPV4 => frame.extend(ipv4(draw, world)),
+        IPV4 => frame.extend(ipv4(draw, world, side)),
         IPV6 => frame.extend(ipv6(draw, world)),
         _ => {}
     }
@@ -378,6 +404,8 @@ pub enum Failure {
     Differs(Box<Difference>),
     #[error("{} program: frames were counted as {counted:?}, not as {predicted:?}; {hint}", side.name())]
     Counted { side: Side, predicted: Vec<(Outcome, u64)>, counted: Vec<(Outcome, u64)>, hint: String },
+    #[error("frame {} was to be kept as it came, but what was kept is {}", hex(frame), hex(kept))]
+    Kept { frame: Vec<u8>, kept: Vec<u8> },
     #[error("world {world:?} cannot be made: {why}")]
     World { world: Box<World>, why: String },
     #[error(
@@ -422,7 +450,8 @@ impl Harness {
         let interfaces = nix::net::if_::if_nameindex().map_err(|_| Failure::Interface)?;
         let elsewhere = interfaces.iter().map(|i| i.index()).find(|index| *index != LOOPBACK);
         let elsewhere = elsewhere.ok_or(Failure::Interface)?;
-        let plane = Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL) })?;
+        let plane =
+            Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL), hold: HELD })?;
         let mut harness = Self { plane, counted: [0; _], out: vec![0; LONGEST + 64], elsewhere };
         harness.counted = harness.counters()?;
         Ok(harness)
@@ -492,12 +521,22 @@ impl Harness {
         let desired = Desired::new(&request, &wiring).map_err(|e| cannot(e.to_string()))?;
         let (mut table, ..) =
             Table::new(USERS_MAX).configured(&desired).map_err(|e| cannot(e.to_string()))?;
+        let holds = Arc::clone(self.plane.holds());
         for (i, user) in world.users.iter().enumerate() {
             if let Place::Staged(from, to) | Place::Switched(from, to) = user.place {
-                let (migration, users) = (format!("m{i}"), [format!("user{i}")]);
+                let (migration, users) = (format!("m{i}"), vec![format!("user{i}")]);
                 let refused = |e: crate::table::Refusal| cannot(e.to_string());
                 table.stage_begin(&migration, &users, &name(from), &name(to)).map_err(refused)?;
                 let (_, staged) = table.stage_write(&migration).map_err(refused)?;
+                let service = world.service.into();
+                if user.hold != Hold::No {
+                    let StageAnswer { switch, generation, .. } = staged;
+                    table.hold(&migration, switch.into(), generation, service).map_err(refused)?;
+                    holds.begin(switch, service, if user.hold == Hold::Expired { 0 } else { u64::MAX });
+                    if user.hold == Hold::Full {
+                        holds.word(switch, HoldWord::Bound).store(0, Ordering::Release);
+                    }
+                }
                 if matches!(user.place, Place::Switched(..)) {
                     let step = table
                         .switch(&migration, staged.switch.into(), staged.generation, &users, &name(to))
@@ -507,8 +546,15 @@ impl Harness {
                     }
                     table.switched(&migration, SwitchAnswer::default());
                 }
+                if matches!(user.hold, Hold::Draining | Hold::Drained) {
+                    let to =
+                        if matches!(user.place, Place::Switched(..)) { Selector::B } else { Selector::A };
+                    table.release(&migration, to).map_err(refused)?;
+                }
             }
         }
+        let all = if world.memory_full { 0 } else { HELD.memory.into() };
+        holds.word(0, HoldWord::Bound).store(all, Ordering::Release);
         let contents = table.contents();
         self.plane.reconcile(&contents)?;
         // what the table never writes, but a program can come upon between two writes
@@ -523,6 +569,11 @@ impl Harness {
             })
         };
         for user in &world.users {
+            if let Some(slot) = slot_of(user) {
+                let (held, _) = holds.counts(slot);
+                let kept = if user.hold == Hold::Draining { Load::frame(60).0 } else { 0 };
+                holds.held.word(slot as usize, 1).store(held.wrapping_sub(kept), Ordering::Release);
+            }
             let word = match user.place {
                 Place::Nowhere => UserWord::resting(0),
                 // no switch has had this generation
@@ -547,6 +598,10 @@ impl Harness {
         frames: &[Vec<u8>],
         tally: &mut Tally,
     ) -> Result<(), Failure> {
+        // what was kept against the oracle's word
+        while let Some((record, kept)) = self.plane.holds().take() {
+            self.plane.holds().sent(record.slot(), Load::frame(kept.len() as u64));
+        }
         let mut expected = [0; Outcome::ALL.len()];
         let program = self.plane.program(side)?;
         for frame in frames {
@@ -565,7 +620,7 @@ impl Harness {
             let out = &self.out[..result.data_size_out as usize];
             // linux/bpf.h: enum xdp_action
             let verdict = match predicted.outcome.action() {
-                Action::Drop => 1,
+                Action::Drop | Action::Keep => 1,
                 Action::Host => 2,
                 Action::Forward => 4,
             };
@@ -580,6 +635,18 @@ impl Harness {
                 };
                 self.counted = self.counters()?;
                 return Err(Failure::Differs(Box::new(difference)));
+            }
+            if predicted.outcome == Outcome::AccessHeld {
+                let holds = self.plane.holds();
+                let kept = holds.take().map(|(record, kept)| {
+                    holds.sent(record.slot(), Load::frame(kept.len() as u64));
+                    kept
+                });
+                if kept.as_ref() != Some(frame) {
+                    let kept = kept.unwrap_or_default();
+                    self.counted = self.counters()?;
+                    return Err(Failure::Kept { frame: frame.clone(), kept });
+                }
             }
         }
         let now = self.counters()?;

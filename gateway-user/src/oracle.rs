@@ -21,6 +21,10 @@ pub struct World {
     pub networks: Vec<Network>,
     /// Users.
     pub users: Vec<User>,
+    /// The service's address: what is held is for it.
+    pub service: Ip4,
+    /// As much is held as may be in all.
+    pub memory_full: bool,
     /// Longest frame towards the users, outer tag not counted.
     pub access_largest: usize,
     /// Longest frame towards the provider, outer tag not counted.
@@ -63,6 +67,25 @@ pub struct User {
     pub addresses6: Vec<Ip6>,
     /// Where the user is.
     pub place: Place,
+    /// Whether frames to the service are held; only of who is in a switch.
+    pub hold: Hold,
+}
+
+/// What the hold of a user's switch is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// There is none.
+    No,
+    /// Frames are kept.
+    Holding,
+    /// As much of this user is kept as may be.
+    Full,
+    /// The deadline has passed.
+    Expired,
+    /// It is being released, and frames of this user are still kept.
+    Draining,
+    /// It is being released, and nothing of this user is kept any more.
+    Drained,
 }
 
 /// Where a user is.
@@ -193,6 +216,11 @@ impl Parts {
 
     fn is_tag_next(&self) -> bool {
         self.is(DOT1Q) || self.is(DOT1AD)
+    }
+
+    /// Whether it has an IPv4 header as far as the destination, which is `address`.
+    fn is_ipv4_for(&self, address: [u8; 4]) -> bool {
+        self.is(IPV4) && self.rest.get(18..22) == Some(&address)
     }
 
     /// The ARP packet's 28 octets.
@@ -451,6 +479,16 @@ impl World {
         if user.guard {
             Self::guard(user, &parts)?;
         }
+        let mut sent = Outcome::AccessForwarded;
+        if matches!(user.place, Place::Staged(..) | Place::Switched(..)) && parts.is_ipv4_for(self.service) {
+            match user.hold {
+                Hold::No | Hold::Drained => {}
+                Hold::Expired => sent = Outcome::AccessHoldExpired,
+                Hold::Full => return Err(Outcome::AccessHoldUserBound),
+                Hold::Holding | Hold::Draining if self.memory_full => return Err(Outcome::AccessHoldMemory),
+                Hold::Holding | Hold::Draining => return Err(Outcome::AccessHeld),
+            }
+        }
         let network = user.place.sends_to().map_err(|()| Outcome::AccessGeneration)?;
         let network = &self.networks[network.ok_or(Outcome::AccessNoNetwork)?];
         if user.mac.is_none() && network.router == Some(parts.src) {
@@ -527,7 +565,7 @@ impl World {
             let tpid = if network.service { DOT1AD } else { DOT1Q };
             parts.tags.insert(0, (tpid, priority << 13 | eligible << 12 | vid));
         }
-        Ok(Prediction { outcome: Outcome::AccessForwarded, frame: Some(parts.whole()) })
+        Ok(Prediction { outcome: sent, frame: Some(parts.whole()) })
     }
 
     /// A frame from the provider.

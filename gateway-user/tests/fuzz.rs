@@ -8,13 +8,13 @@ use std::{cell::RefCell, time::Instant};
 use gateway_ebpf::Outcome;
 use handover_gateway::{
     fuzz::{self, Given, Harness, Random, Tally},
-    oracle::{Network, Place, User, World},
+    oracle::{Hold, Network, Place, User, World},
     plane::Side,
 };
 use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
 
 /// Worlds.
-const CASES: u32 = 8_000;
+const CASES: u32 = 12_000;
 /// Frames of each side in each.
 const FRAMES: usize = 64;
 
@@ -98,6 +98,7 @@ fn a_program_that_did_otherwise_would_be_noticed() {
                 addresses: vec![[10, 1, 0, 100]],
                 addresses6: Vec::new(),
                 place: Place::Switched(0, 1),
+                hold: Hold::Holding,
             },
             User {
                 mac: Some([2, 0, 0, 0, 1, 1]),
@@ -107,6 +108,7 @@ fn a_program_that_did_otherwise_would_be_noticed() {
                 addresses: vec![[10, 1, 0, 101]],
                 addresses6: Vec::new(),
                 place: Place::On(0),
+                hold: Hold::No,
             },
             User {
                 mac: None,
@@ -115,9 +117,12 @@ fn a_program_that_did_otherwise_would_be_noticed() {
                 guard: false,
                 addresses: vec![[10, 1, 0, 102]],
                 addresses6: vec![[0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]],
-                place: Place::On(0),
+                place: Place::Staged(0, 1),
+                hold: Hold::Draining,
             },
         ],
+        service: [203, 0, 113, 10],
+        memory_full: false,
         access_largest: 1514,
         wan_largest: 1514,
     };
@@ -131,7 +136,7 @@ fn a_program_that_did_otherwise_would_be_noticed() {
     assert!(agree(&world));
 
     type Spoil = fn(&mut World);
-    let spoils: [Spoil; 21] = [
+    let spoils: [Spoil; 27] = [
         |w| w.virtual_mac[5] ^= 1,
         |w| w.networks[0].vid = Some(2),
         |w| w.networks[0].service = false,
@@ -153,6 +158,12 @@ fn a_program_that_did_otherwise_would_be_noticed() {
         |w| w.users[2].addresses6.clear(),
         |w| w.access_largest -= 1,
         |w| w.wan_largest -= 1,
+        |w| w.service[3] ^= 1,
+        |w| w.memory_full = true,
+        |w| w.users[0].hold = Hold::No,
+        |w| w.users[0].hold = Hold::Full,
+        |w| w.users[2].hold = Hold::Expired,
+        |w| w.users[2].hold = Hold::Drained,
     ];
     for (i, spoil) in spoils.into_iter().enumerate() {
         let mut other = world.clone();

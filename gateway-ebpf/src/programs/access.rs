@@ -11,6 +11,7 @@ use gateway_ebpf::{
 
 use super::{
     identity::{ACCESS_TAG, SPOOFED, UNKNOWN, guarded, sender},
+    keep::{Keep, keep},
     maps::{FoundNetwork, FoundUser, USER_INDEX, virtual_router_mac},
     neighbour::{GOES_ON, answer_for_router, neighbour_of_user},
     tags::{BadTags, Headers, Outer, at, fits, redirect, retag},
@@ -52,14 +53,22 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let run = Watched::begin(cpu).ok_or(Outcome::Internal)?;
     let result = match user.select(word) {
         None => Err(Outcome::AccessGeneration),
-        Some(selection) => {
-            let result = send(ctx, eth, &headers, &found, selection.network);
-            // `a` is what the switch turns away from
-            if matches!(result, Ok(Outcome::AccessForwarded)) && selection.network == word.a() {
-                stamp(cpu, word.switch());
-            }
-            result
-        }
+        Some(selection) => match keep(ctx, &headers, found.slot, word, selection.phase) {
+            Keep::Kept(result) => result,
+            kept => match send(ctx, eth, &headers, &found, selection.network) {
+                Ok(Outcome::AccessForwarded) => {
+                    // `a` is what the switch turns away from
+                    if selection.network == word.a() {
+                        stamp(cpu, word.switch());
+                    }
+                    Ok(match kept {
+                        Keep::Expired => Outcome::AccessHoldExpired,
+                        _ => Outcome::AccessForwarded,
+                    })
+                }
+                other => other,
+            },
+        },
     };
     run.end();
     result

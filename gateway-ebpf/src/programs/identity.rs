@@ -5,7 +5,7 @@ use aya_ebpf::{bindings::xdp_md, programs::XdpContext};
 use gateway_ebpf::{
     Outcome, User, UserKey,
     frame::{
-        Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ICMPV6, IPV6_LEN, Ipv6, ND_ADVERTISEMENT,
+        Arp, ETHERTYPE_ARP, ETHERTYPE_IPV4, ETHERTYPE_IPV6, ICMPV6, IPV6_LEN, Ipv4, Ipv6, ND_ADVERTISEMENT,
         Neighbour, UDP, wire_ip_word, wire_ip6_words,
     },
 };
@@ -15,20 +15,6 @@ use super::{
     neighbour::GOES_ON,
     tags::at,
 };
-
-/// IPv4 header without options (RFC 791), and the ports of what follows.
-#[repr(C)]
-struct Ipv4 {
-    version_length: u8,
-    _service: u8,
-    _length: u16,
-    _fragment: [u16; 2],
-    _ttl: u8,
-    protocol: u8,
-    _checksum: u16,
-    src: [u16; 2],
-    dst: [u16; 2],
-}
 
 /// Nobody's slot.
 pub const UNKNOWN: u64 = u64::MAX;
@@ -119,7 +105,7 @@ fn guard(ctx: *mut xdp_md, l3: usize, ethertype: u16, slot: u32) -> Option<Outco
     if ethertype == ETHERTYPE_IPV4.to_be() {
         let Some(ip) = at::<Ipv4>(ctx, l3) else { return Some(Outcome::AccessTruncated) };
         // SAFETY: checked by `at`.
-        let Ipv4 { version_length, protocol, src, .. } = unsafe { ip.read() };
+        let Ipv4 { version_length, protocol, src, .. } = unsafe { *ip };
         if wire_ip_word(src) == 0 {
             let ports = at::<[u16; 2]>(ctx, l3 + size_of::<Ipv4>());
             // SAFETY: checked by `at`.

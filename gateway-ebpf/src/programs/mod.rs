@@ -2,6 +2,7 @@
 
 pub mod access;
 pub mod identity;
+pub mod keep;
 pub mod maps;
 pub mod neighbour;
 pub mod tags;

@@ -625,7 +625,7 @@ const FIGURES: HoldFigures = HoldFigures {
 impl World {
     fn hold(&mut self, staged: StageAnswer, address: Ipv4Addr) -> Result<bool, Refusal> {
         let step = self.table.hold("m", staged.switch.into(), staged.generation, address)?;
-        assert_eq!((step.index, step.users, step.user.0), (staged.switch, 2, HANAKO));
+        assert_eq!((step.index, step.users, step.user.unwrap().0), (staged.switch, 2, HANAKO));
         assert_eq!((step.word.selector(), step.word.phase()), (Selector::A, Phase::Hold));
         if !step.again {
             self.maps.apply(&[Write::Switch { index: step.index, word: step.word }]);

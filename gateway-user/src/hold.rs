@@ -143,7 +143,7 @@ impl Holds {
     }
 
     /// `load` of a user is out of the way.
-    pub(crate) fn sent(&self, slot: u32, load: Load) {
+    pub fn sent(&self, slot: u32, load: Load) {
         self.held.word(slot as usize, 1).fetch_add(load.0, Ordering::SeqCst);
         self.word(0, HoldWord::Sent).fetch_add(load.0, Ordering::SeqCst);
     }

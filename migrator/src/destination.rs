@@ -331,7 +331,7 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
                 let kept = fetch.hold().await.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
                 tracing::info!(migration = migration.id, kept, "userfault descriptors");
             }
-            let held = clock.step("hold", hold(swrk, &cgroup, pid)).await;
+            let held = clock.step("freezer", hold(swrk, &cgroup, pid)).await;
             let armed = held.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
             if armed > 0 {
                 tracing::info!(migration = migration.id, armed, "expired timers armed");

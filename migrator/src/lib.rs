@@ -13,6 +13,7 @@ pub mod fence;
 pub mod freezer;
 pub mod keeper;
 pub mod machine;
+pub mod marker;
 pub mod memory;
 pub mod node;
 pub mod postcopy;

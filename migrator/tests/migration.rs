@@ -402,11 +402,11 @@ fn forth_and_back_and_every_call_twice() {
             "drain",
             "fence",
             "dump",
-            "hold",
+            "freezer",
             "copy",
             "restore",
             "restore: criu",
-            "restore: hold",
+            "restore: freezer",
             "address",
         ];
         ensure!(names == expected, "{names:?}");

@@ -39,7 +39,7 @@ fn a_copy_whose_memory_can_no_longer_follow_is_killed_and_said_to_be() {
     let play = Play::start_load(topology, 2048, 2).unwrap();
     let (main, backup) =
         (play.topology.server(Site::Main).unwrap(), play.topology.server(Site::Backup).unwrap());
-    let migration = play.topology.start_migration(play.service.app, Site::Backup).unwrap();
+    let migration = play.topology.start_migration(play.service.app, Site::Backup, true).unwrap();
     // the way of the pages is cut as soon as the copy runs
     play.topology
         .daemon("backup-server")
@@ -72,7 +72,7 @@ fn post_copy_is_refused_unless_it_is_allowed() {
     let topology = Topology::new().unwrap();
     topology.configure_migrators("[memory]\nmode = \"post-copy\"\n").unwrap();
     let mut play = Play::start_load(topology, 16, 2).unwrap();
-    let ending = play.topology.start_migration(play.service.app, Site::Backup).unwrap().wait().unwrap();
+    let ending = play.topology.start_migration(play.service.app, Site::Backup, true).unwrap().wait().unwrap();
     assert!(!ending.ended.success(), "{ending:?}");
     let told = findings(&play);
     assert!(told.contains("allow_post_copy"), "{told}");
@@ -85,7 +85,7 @@ fn pre_copy_is_refused_where_the_kernel_does_not_track_writes() {
     let topology = Topology::new().unwrap();
     topology.configure_migrators("[memory]\nmode = \"pre-copy\"\n").unwrap();
     let play = Play::start_load(topology, 16, 2).unwrap();
-    let ending = play.topology.start_migration(play.service.app, Site::Backup).unwrap().wait().unwrap();
+    let ending = play.topology.start_migration(play.service.app, Site::Backup, true).unwrap().wait().unwrap();
     assert!(!ending.ended.success(), "{ending:?}");
     let told = findings(&play);
     let words = ["soft-dirty tracking", "pre-copy is not built into this version"];

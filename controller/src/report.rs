@@ -324,7 +324,7 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
                 if s.name == "dump" {
                     *frozen_from = Some(from);
                 }
-                let actor = if s.name == "restore" { &b } else { &a };
+                let actor = if s.name.starts_with("restore") { &b } else { &a };
                 view.steps.push(step(&s.name, actor, from, from + s.took_us, "done", ""));
             }
             view.image_bytes = vote.image_bytes;

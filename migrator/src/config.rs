@@ -8,6 +8,8 @@ use std::{
 
 use handover_api::tls::TlsFiles;
 
+use crate::memory;
+
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -69,6 +71,9 @@ pub struct Config {
     /// Longest time from *freeze* to the vote; after it the source is thawed.
     #[serde(default = "freeze_limit")]
     pub freeze_limit_seconds: u64,
+    /// How memory gets to the destination when a service leaves this server.
+    #[serde(default)]
+    pub memory: memory::Policy,
     /// Certificate, key, authority.
     pub tls: TlsFiles,
 }
@@ -186,6 +191,7 @@ mod tests {
         let config = parse(GOOD).unwrap();
         assert_eq!(config.vote_lease_seconds, 10);
         assert_eq!(config.cgroup, None);
+        assert!(!config.memory.allow_post_copy, "post-copy is off unless allowed");
     }
 
     #[test]
@@ -196,6 +202,8 @@ mod tests {
             ("\"/run/handover-migrator\"", "\"run\"", "image_dir = run: write an absolute path"),
             ("10.255.0.5:7443", "10.255.0.5", "listen"),
             ("[tls]", "vote_lease_seconds = 0\n[tls]", "vote_lease_seconds = 0: write 1 to 3600"),
+            ("[tls]", "[memory]\nmode = \"fast\"\n[tls]", "unknown variant `fast`"),
+            ("[tls]", "[memory]\npost_copy = true\n[tls]", "unknown field `post_copy`"),
         ] {
             let err = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
             assert!(err.contains(told), "{told:?} not in {err:?}");

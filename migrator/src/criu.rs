@@ -39,6 +39,8 @@ use crate::{
 pub const DUMP_LOG: &str = "dump.log";
 /// Log of a restore, in the image directory.
 pub const RESTORE_LOG: &str = "restore.log";
+/// Log of what fetches pages, in the image directory.
+pub const LAZY_LOG: &str = "lazy.log";
 /// What `swrk` wrote before it had a log, in the image directory.
 pub const STDERR: &str = "criu.stderr";
 
@@ -72,6 +74,19 @@ impl Swrk {
     /// # Errors
     /// The program cannot be started, or `cgroup` not entered.
     pub async fn spawn(program: &Path, cgroup: &Path, stderr: &Path) -> Result<Self> {
+        Self::spawn_with(program, cgroup, stderr, None).await
+    }
+
+    /// The same with one more descriptor, under the number that it has here.
+    ///
+    /// # Errors
+    /// As [`spawn`](Self::spawn).
+    pub async fn spawn_with(
+        program: &Path,
+        cgroup: &Path,
+        stderr: &Path,
+        pages: Option<OwnedFd>,
+    ) -> Result<Self> {
         let failed = |e: io::Error| Error::io("starting", program.display())(e);
         let (ours, theirs) =
             socketpair(AddressFamily::Unix, SockType::SeqPacket, None, SockFlag::SOCK_CLOEXEC)
@@ -80,21 +95,25 @@ impl Swrk {
         let stderr = fs::File::create(stderr).map_err(Error::io("creating", stderr.display()))?;
 
         let inherited = theirs.as_raw_fd();
+        let also = pages.as_ref().map_or(inherited, OwnedFd::as_raw_fd);
         let mut command = tokio::process::Command::new(program);
         command.arg("swrk").arg(inherited.to_string());
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr).current_dir("/");
         // SAFETY: between fork and exec only async-signal-safe system calls are made, and nothing is allocated:
-        // setsid(2), and fcntl(2) on a descriptor that stays open in the parent until the spawn has returned
+        // setsid(2), and fcntl(2) on descriptors that stay open in the parent until the spawn has returned
         unsafe {
             command.pre_exec(move || {
-                if libc::setsid() < 0 || libc::fcntl(inherited, libc::F_SETFD, 0) < 0 {
+                if libc::setsid() < 0
+                    || libc::fcntl(inherited, libc::F_SETFD, 0) < 0
+                    || libc::fcntl(also, libc::F_SETFD, 0) < 0
+                {
                     return Err(io::Error::last_os_error());
                 }
                 Ok(())
             });
         }
         let mut child = command.spawn().map_err(failed)?;
-        drop(theirs);
+        drop((theirs, pages));
         let pid = child.id().ok_or_else(|| failed(io::Error::other("it ended at once")))?;
         let (tell, exited) = watch::channel(false);
         tokio::spawn(async move {
@@ -138,8 +157,8 @@ impl Swrk {
     ///
     /// # Errors
     /// It died.
-    pub async fn restore(&mut self, images: &Path) -> Result<()> {
-        self.request(rpc::Criu_req_type::RESTORE, restore_options(images)).await
+    pub async fn restore(&mut self, images: &Path, post_copy: bool) -> Result<()> {
+        self.request(rpc::Criu_req_type::RESTORE, restore_options(images, post_copy)).await
     }
 
     async fn request(&mut self, kind: rpc::Criu_req_type, opts: rpc::Criu_opts) -> Result<()> {
@@ -223,10 +242,34 @@ impl Swrk {
 /// What a process tree makes necessary beyond the usual.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct Needs {
+    /// Memory follows (post-copy).
+    pub post_copy: bool,
     /// It has unix sockets; their other ends may be outside the tree (e.g. /dev/log).
     pub unix_sockets: bool,
     /// It holds file locks.
     pub file_locks: bool,
+}
+
+/// Post-copy at the source: has CRIU serve pages on a socket that it has inherited as descriptor `socket`, once `post-dump`
+/// has been answered. CRIU takes that over RPC only when memory is *not* lazy (`ps.fd`), and would listen on a port; by a
+/// configuration file it takes it always (seen with 4.2.1).
+///
+/// # Errors
+/// Of the file system.
+pub fn write_pages_config(images: &Path, socket: i32) -> Result<()> {
+    let path = images.join(PAGES_CONFIG);
+    fs::write(&path, format!("ps-socket {socket}\n")).map_err(Error::io("writing", path.display()))
+}
+
+const PAGES_CONFIG: &str = "pages.conf";
+
+/// Post-copy at the destination: arguments of the process that fetches pages through descriptor `socket`. It writes a zero
+/// byte to stdout when it listens.
+pub fn lazy_pages(images: &Path, socket: i32) -> Vec<String> {
+    let images = images.display().to_string();
+    let socket = socket.to_string();
+    let words = ["lazy-pages", "-D", &images, "--page-server", "--ps-socket", &socket, "--status-fd", "1"];
+    words.into_iter().chain(["-v3", "-o", LAZY_LOG]).map(str::to_owned).collect()
 }
 
 fn options(images: &Path, log: &str) -> rpc::Criu_opts {
@@ -253,11 +296,18 @@ fn dump_options(pid: u32, images: &Path, needs: Needs) -> rpc::Criu_opts {
     if needs.file_locks {
         opts.set_file_locks(true);
     }
+    if needs.post_copy {
+        opts.set_lazy_pages(true);
+        opts.set_config_file(images.join(PAGES_CONFIG).display().to_string());
+        // whatever becomes of the page server: the tasks stay as they are
+        opts.set_leave_stopped(true);
+    }
     opts
 }
 
-fn restore_options(images: &Path) -> rpc::Criu_opts {
+fn restore_options(images: &Path, post_copy: bool) -> rpc::Criu_opts {
     let mut opts = options(images, RESTORE_LOG);
+    opts.set_lazy_pages(post_copy);
     opts.set_leave_stopped(true);
     // both only matter for images that hold such things
     opts.set_ext_unix_sk(true);
@@ -324,6 +374,16 @@ pub struct Probe {
     pub version: String,
     /// Why it cannot be used, as (code, message, remedy).
     pub problem: Option<(&'static str, String, String)>,
+    /// The kernel tells CRIU which pages are written to.
+    pub soft_dirty: bool,
+    /// The kernel hands CRIU page faults, also those of children.
+    pub userfault: bool,
+}
+
+impl Probe {
+    fn unusable(version: String, problem: (&'static str, String, String)) -> Self {
+        Self { version, problem: Some(problem), soft_dirty: false, userfault: false }
+    }
 }
 
 /// Oldest CRIU with everything used here (`leave_stopped` and `network_lock: skip` over RPC).
@@ -331,31 +391,33 @@ const OLDEST: [u32; 2] = [4, 0];
 /// CRIU before 4.2 cannot dump TCP connections on kernels from 6.16.
 const OLDEST_ON_616: [u32; 2] = [4, 2];
 
-/// Finds `program`'s version and whether `criu check` passes.
+async fn run(program: &Path, args: Vec<&'static str>) -> io::Result<std::process::Output> {
+    let command = tokio::process::Command::new(program)
+        .args(&args)
+        .current_dir("/")
+        .stdin(Stdio::null())
+        .kill_on_drop(true)
+        .output();
+    match tokio::time::timeout(Duration::from_secs(20), command).await {
+        Ok(output) => output,
+        Err(_) => Err(io::Error::other(format!("`criu {}` did not end in 20 s", args.join(" ")))),
+    }
+}
+
+/// Finds `program`'s version, whether `criu check` passes, and what of the kernel the memory modes need.
 pub async fn probe(program: &Path) -> Probe {
     let remedy = "install CRIU 4.2 or later and name it as `criu` in the configuration".to_owned();
-    let run = |arg: &'static str| async move {
-        let command = tokio::process::Command::new(program)
-            .arg(arg)
-            .current_dir("/")
-            .stdin(Stdio::null())
-            .kill_on_drop(true)
-            .output();
-        match tokio::time::timeout(Duration::from_secs(20), command).await {
-            Ok(output) => output,
-            Err(_) => Err(io::Error::other(format!("`criu {arg}` did not end in 20 s"))),
-        }
-    };
-    let version = match run("--version").await {
+    let run = |args: Vec<&'static str>| run(program, args);
+    let version = match run(vec!["--version"]).await {
         Ok(output) => parse_version(&String::from_utf8_lossy(&output.stdout)),
         Err(e) => {
             let message = format!("{} cannot be run: {e}", program.display());
-            return Probe { version: String::new(), problem: Some(("criu-missing", message, remedy)) };
+            return Probe::unusable(String::new(), ("criu-missing", message, remedy));
         }
     };
     let Some(version) = version else {
         let message = format!("{} tells no version: it is not CRIU", program.display());
-        return Probe { version: String::new(), problem: Some(("criu-missing", message, remedy)) };
+        return Probe::unusable(String::new(), ("criu-missing", message, remedy));
     };
     let kernel = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let needed = oldest(&kernel);
@@ -366,9 +428,9 @@ pub async fn probe(program: &Path) -> Probe {
             program.display(),
             kernel.trim()
         );
-        return Probe { version, problem: Some(("criu-too-old", message, remedy)) };
+        return Probe::unusable(version, ("criu-too-old", message, remedy));
     }
-    let problem = match run("check").await {
+    let problem = match run(vec!["check"]).await {
         Ok(output) if output.status.success() => None,
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -377,7 +439,11 @@ pub async fn probe(program: &Path) -> Probe {
         }
         Err(e) => Some(("criu-check", format!("`{} check` cannot be run: {e}", program.display()), remedy)),
     };
-    Probe { version, problem }
+    let has = |feature: &'static str| async move {
+        run(vec!["check", "--feature", feature]).await.is_ok_and(|output| output.status.success())
+    };
+    let (soft_dirty, userfault) = (has("mem_dirty_track").await, has("uffd-noncoop").await);
+    Probe { version, problem, soft_dirty, userfault }
 }
 
 /// Of "Version: 4.2.1\n...".

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! reserve: preflight, a cgroup, criu swrk in it
-//! receive: images
-//! restore: fence -> v -> CRIU restores, stopped -> frozen -> VOTE
+//! receive: fence -> v; images, while the source dumps
+//! restore: CRIU restores, stopped -> frozen -> VOTE
 //! resume:  fence off -> SIGCONT, thawed -> v announced    (COMMIT)
 //! discard: copy killed, its sockets destroyed -> v away -> fence off   (ABORT, failure, restart)
 //! ```
@@ -14,7 +14,7 @@
 
 use std::{net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
-use handover_api::v1::{ImageChunk, ReserveRequest, RestoreRequest};
+use handover_api::v1::{ImageChunk, PageBytes, ReserveRequest, RestoreRequest};
 use nix::sys::signal::Signal;
 use tonic::{Code, Streaming};
 
@@ -25,6 +25,7 @@ use crate::{
     freezer,
     machine::{DestinationEvent, DestinationState, Next},
     node::{Answer, Clock, Failure, Live, Migration, Node, Service, fresh_dir},
+    postcopy::{self, Depended, Fetch},
     preflight, process,
     record::{Destination, Record, Role, Timing},
     sockets, timers,
@@ -149,6 +150,10 @@ pub async fn reserve(node: &Arc<Node>, request: ReserveRequest) -> Answer<()> {
         fence::prepare(&migration.id)?;
         // started now, so that the service does not stand still for it
         live.swrk = Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await?);
+        if request.post_copy {
+            let dir = hierarchy.pages_dir(&migration.id);
+            live.fetch = Some(Fetch::start(node, &migration.id, dir, &cgroup)?);
+        }
         Ok::<_, Error>(())
     };
     match ready.await {
@@ -157,25 +162,58 @@ pub async fn reserve(node: &Arc<Node>, request: ReserveRequest) -> Answer<()> {
     }
 }
 
-/// Step 7: takes the images.
+/// Post-copy: joins the source's stream of pages with what fetches them here. Gives what is to be sent back.
+///
+/// # Errors
+/// No such migration, or its pages have a way already.
+pub async fn pages(
+    node: &Arc<Node>,
+    mut stream: Streaming<PageBytes>,
+) -> Answer<tokio::sync::mpsc::Receiver<PageBytes>> {
+    let broken = |s: tonic::Status| Failure::new(Code::Aborted, format!("the stream broke: {}", s.message()));
+    let opening = stream
+        .message()
+        .await
+        .map_err(broken)?
+        .ok_or_else(|| Failure::invalid("the stream holds nothing"))?;
+    let migration = node.get(&opening.migration).ok_or_else(|| unknown(&opening.migration))?;
+    let mut live = migration.lock().await;
+    let reserved = part(&live).is_some_and(|(_, d)| d.state == DestinationState::Reserved);
+    let joined = live.fetch.as_mut().filter(|_| reserved).and_then(|f| f.join(&migration.id, stream));
+    joined.ok_or_else(|| Failure::refused(format!("migration {} waits for no pages", migration.id)))
+}
+
+/// Step 7: fences v, adds it, and takes the images. Begins when the source begins to dump, so that all is ready when the
+/// last image comes.
 ///
 /// # Errors
 /// The stream is not what [`transfer`] allows; everything is discarded.
 pub async fn receive(node: &Arc<Node>, mut stream: Streaming<ImageChunk>) -> Answer<Volume> {
     let broken = |s: tonic::Status| Failure::new(Code::Aborted, format!("the stream broke: {}", s.message()));
-    let first = stream
+    let opening = stream
         .message()
         .await
         .map_err(broken)?
         .ok_or_else(|| Failure::invalid("the stream holds nothing"))?;
-    let migration = node.get(&first.migration).ok_or_else(|| unknown(&first.migration))?;
+    if !opening.file.is_empty() || !opening.data.is_empty() {
+        return Err(Failure::invalid("the stream's first message holds more than the migration"));
+    }
+    let migration = node.get(&opening.migration).ok_or_else(|| unknown(&opening.migration))?;
     let mut live = migration.lock().await;
-    match part(&live).map(|(_, d)| d.state) {
-        Some(DestinationState::Reserved) => {}
-        Some(state) => {
-            return Err(Failure::refused(format!("migration {} is {}", migration.id, state.name())));
-        }
-        None => return Err(unknown(&migration.id)),
+    let begun =
+        advance_with(node, &migration, &mut live, DestinationEvent::Restore, |d| d.address_added = true)?;
+    if begun == Next::Already {
+        return Err(Failure::refused(format!("migration {} is restored already", migration.id)));
+    }
+    let (record, _) = part(&live).ok_or_else(|| unknown(&migration.id))?;
+    let (v, interface) = (record.address, record.interface.clone());
+    let fenced = async {
+        fence::set(&migration.id, v, Strength::All)?;
+        node.addresses.add(&interface, v).await
+    };
+    if let Err(e) = fenced.await {
+        let failure = Failure::new(Code::Aborted, chain(&e));
+        return Err(discard_after(node, &migration, &mut live, failure).await);
     }
     let dir = node.images(&migration.id);
     let received = async {
@@ -188,16 +226,20 @@ pub async fn receive(node: &Arc<Node>, mut stream: Streaming<ImageChunk>) -> Ans
             }
             receiver.finish()
         });
-        let mut next = Some(first);
         let mut torn = None;
-        while let Some(chunk) = next {
-            if tx.send(chunk).await.is_err() {
-                break; // the writer tells why
+        loop {
+            match stream.message().await {
+                Ok(Some(chunk)) => {
+                    if tx.send(chunk).await.is_err() {
+                        break; // the writer tells why
+                    }
+                }
+                Ok(None) => break,
+                Err(s) => {
+                    torn = Some(s.message().to_owned());
+                    break;
+                }
             }
-            next = stream.message().await.unwrap_or_else(|s| {
-                torn = Some(s.message().to_owned());
-                None
-            });
         }
         drop(tx);
         let written = writing.await.map_err(|e| Error::other(format!("writing images: {e}")))?;
@@ -227,19 +269,23 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
     let mut clock = Clock::start();
     let migration = node.get(&request.migration).ok_or_else(|| unknown(&request.migration))?;
     let mut live = migration.lock().await;
-    let arrived = Some(Volume { bytes: request.image_bytes, files: request.image_files });
-    if part(&live).is_some_and(|(_, d)| d.state == DestinationState::Reserved) && live.received != arrived {
+    let (_, d) = part(&live).ok_or_else(|| unknown(&migration.id))?;
+    match d.state {
+        DestinationState::Restoring => {}
+        DestinationState::Restored | DestinationState::Resuming | DestinationState::Resumed => {
+            return Ok((d.pid, d.steps.clone()));
+        }
+        state => {
+            let words = format!("migration {} is {}: no images have come", migration.id, state.name());
+            return Err(Failure::refused(words));
+        }
+    }
+    if live.received.take() != Some(Volume { bytes: request.image_bytes, files: request.image_files }) {
         let words = format!(
             "{} bytes in {} images were sent, other than arrived",
             request.image_bytes, request.image_files
         );
         return Err(discard_after(node, &migration, &mut live, Failure::new(Code::Aborted, words)).await);
-    }
-    let begun =
-        advance_with(node, &migration, &mut live, DestinationEvent::Restore, |d| d.address_added = true)?;
-    if begun == Next::Already {
-        let (_, d) = part(&live).ok_or_else(|| unknown(&migration.id))?;
-        return Ok((d.pid, d.steps.clone()));
     }
     let worked = tokio::select! {
         worked = restore_steps(node, &migration, &mut live, &mut clock) => worked,
@@ -257,19 +303,20 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
 }
 
 async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<()> {
-    let (record, d) = part(live).ok_or_else(|| unknown(&migration.id))?;
-    let (v, interface, pid, cgroup) = (record.address, record.interface.clone(), d.pid, d.cgroup.clone());
-    clock
-        .step("fence", async {
-            fence::set(&migration.id, v, Strength::All)?;
-            node.addresses.add(&interface, v).await
-        })
-        .await
-        .map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
+    let (_, d) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let (pid, cgroup) = (d.pid, d.cgroup.clone());
     let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("criu swrk is not running"))?;
+    let mut fetch = live.fetch.as_mut();
+    let post_copy = fetch.is_some();
+    if let Some(fetch) = &mut fetch
+        && let Err(e) = clock.step("pages", fetch.begin()).await
+    {
+        let reason = node.criu_failure(&migration.id, criu::LAZY_LOG);
+        return Err(Failure::new(Code::Aborted, format!("{}: {reason}", chain(&e))));
+    }
     let restored = clock
-        .step("restore", async {
-            swrk.restore(&node.images(&migration.id)).await?;
+        .step("criu", async {
+            swrk.restore(&node.images(&migration.id), post_copy).await?;
             loop {
                 match swrk.event().await? {
                     Event::Notify(_) => swrk.answer(true).await?,
@@ -280,7 +327,11 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
         .await;
     match restored {
         Ok(Some(root)) if root == pid => {
-            let held = clock.step("hold", hold(swrk, &cgroup, pid)).await;
+            if let Some(fetch) = fetch {
+                let kept = fetch.hold().await.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
+                tracing::info!(migration = migration.id, kept, "userfault descriptors");
+            }
+            let held = clock.step("freezer", hold(swrk, &cgroup, pid)).await;
             let armed = held.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
             if armed > 0 {
                 tracing::info!(migration = migration.id, armed, "expired timers armed");
@@ -343,15 +394,49 @@ pub async fn resume(node: &Arc<Node>, id: &str) -> Answer<(u32, Vec<Timing>)> {
     clock.step("continue", go_on(&cgroup, &tree)).await?;
     clock.step("announce", node.addresses.announce(&interface, v)).await?;
     tokio::spawn(announce_again(node.clone(), interface, v));
-    fence::lift(id)?;
-    if let Err(e) = node.drop_images(id) {
-        tracing::warn!(migration = id, error = chain(&e), "images");
+    // the service runs: nobody waits for what is left to be cleared away
+    tokio::spawn(settle(node.clone(), migration.clone()));
+    Ok((pid, clock.finish()))
+}
+
+/// After *resume*: makes it durable that the copy is the service, and clears away.
+async fn settle(node: Arc<Node>, migration: Arc<Migration>) {
+    let mut live = migration.lock().await;
+    let id = &migration.id;
+    let settled = async {
+        if part(&live).is_none_or(|(_, d)| d.state != DestinationState::Resuming) {
+            return Ok(()); // asked twice
+        }
+        advance(&node, &migration, &mut live, DestinationEvent::Done)?;
+        let before = std::mem::take(&mut *live);
+        live.record = before.record;
+        if let Some(fetch) = before.fetch {
+            tokio::spawn(follow(Depended::new(&node), id.clone(), fetch.fetched()));
+        }
+        // from here on a restarted daemon clears away what is left
+        let mut errors = Errors::default();
+        errors.keep(fence::lift(id));
+        errors.keep(node.drop_images(id));
+        errors.finish("clearing away").map_err(Failure::from)
+    };
+    if let Err(f) = settled.await {
+        tracing::warn!(migration = id, error = f.message, "after resume");
     }
-    advance(node, &migration, &mut live, DestinationEvent::Done)?;
-    *live = Live { record: live.record.take(), ..Live::default() };
     drop(live);
     node.prune();
-    Ok((pid, clock.finish()))
+}
+
+/// Post-copy: tells how it ends.
+async fn follow(depended: Depended, id: String, fetched: postcopy::Fetched) {
+    if postcopy::over(fetched).await {
+        tracing::info!(migration = id, "all memory has followed");
+    } else {
+        tracing::error!(
+            migration = id,
+            "the source of the copy's memory was lost before all of it had followed; the copy was killed: start the service again"
+        );
+    }
+    drop(depended);
 }
 
 /// Stop signals are taken back while the freezer still holds all, which then lets the whole tree go at one instant.
@@ -415,6 +500,12 @@ pub async fn discard(node: &Arc<Node>, migration: &Arc<Migration>, live: &mut Li
     // criu swrk is in there too
     errors.keep(freezer::kill(&cgroup).await);
     live.swrk = None;
+    live.fetch = None;
+    if let Some(hierarchy) = errors.keep(node.hierarchy()) {
+        let pages = hierarchy.pages_dir(&migration.id);
+        errors.keep(freezer::kill(&pages).await);
+        errors.keep(freezer::remove(&pages));
+    }
     if address_added {
         errors.keep(sockets::destroy(v));
         errors.keep(node.addresses.remove(v).await);

@@ -6,6 +6,7 @@
 //! ```text
 //! <root>/<migration>.tree      the source's processes, moved here unless they are alone in their cgroup
 //! <root>/<migration>.criu      the source's `criu swrk`, outside the daemon's own cgroup
+//! <root>/<migration>.pages     at the destination, post-copy: what fetches the copy's memory
 //! <root>/<service>.<migration> the copy at the destination (and, until it ends, the `criu swrk` that made it)
 //! ```
 //!
@@ -97,6 +98,11 @@ impl Hierarchy {
     /// For the source's `criu swrk`.
     pub fn criu_dir(&self, migration: &str) -> PathBuf {
         self.root.join(format!("{migration}.criu"))
+    }
+
+    /// For the keeper of the copy's pages (post-copy), which has to work while the copy is frozen.
+    pub fn pages_dir(&self, migration: &str) -> PathBuf {
+        self.root.join(format!("{migration}.pages"))
     }
 
     /// For the copy.

@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 use handover_api::tls::{Tls, TlsError};
 use handover_migrator::{
     config::{Config, ConfigError},
+    keeper,
     node::Node,
     server,
 };
@@ -31,6 +32,9 @@ enum Command {
         #[arg(long, value_name = "FILE")]
         config: PathBuf,
     },
+    /// Started by the daemon beside a copy whose memory follows.
+    #[command(hide = true)]
+    KeepPages(keeper::Options),
 }
 
 fn main() -> ExitCode {
@@ -45,6 +49,7 @@ fn main() -> ExitCode {
         .init();
     let outcome = match (cli.command, cli.config) {
         (Some(Command::Check { config }), _) => check(&config),
+        (Some(Command::KeepPages(options)), _) => keep_pages(&options),
         (None, Some(config)) => run(&config),
         (None, None) => Ok(()), // clap demands one of them
     };
@@ -55,6 +60,11 @@ fn main() -> ExitCode {
             ExitCode::from(if e.is::<ConfigError>() || e.is::<TlsError>() { 2 } else { 1 })
         }
     }
+}
+
+fn keep_pages(options: &keeper::Options) -> anyhow::Result<()> {
+    anyhow::ensure!(keeper::run(options)?, "not all pages of the copy have come; it was killed");
+    Ok(())
 }
 
 fn check(path: &std::path::Path) -> anyhow::Result<()> {

@@ -24,6 +24,7 @@ use crate::{
     fence,
     freezer::Hierarchy,
     marker::Markers,
+    memory, postcopy, process,
     record::{self, Record, Store, TOMBSTONES, Timing},
     sockets, transfer,
 };
@@ -130,13 +131,32 @@ impl Clock {
         result
     }
 
+    /// Runs a step that another server does, and notes it with the steps it consists of there. Their starts are offsets from
+    /// the receipt of the call, so they lie within the step by at most the call's way.
+    pub async fn part<E>(
+        &mut self,
+        name: &str,
+        work: impl Future<Output = std::result::Result<Vec<Timing>, E>>,
+    ) -> std::result::Result<(), E> {
+        let started = Instant::now();
+        let offset = micros(started.duration_since(self.received));
+        let worked = work.await;
+        self.note(name, started);
+        let parts = worked?;
+        self.steps.extend(parts.into_iter().map(|p| Timing {
+            name: format!("{name}: {}", p.name),
+            started_us: offset + p.started_us,
+            took_us: p.took_us,
+        }));
+        Ok(())
+    }
+
     /// Notes a step that began at `started` and ends now.
     pub fn note(&mut self, name: &str, started: Instant) {
-        let us = |d: Duration| u64::try_from(d.as_micros()).unwrap_or(u64::MAX);
         let timing = Timing {
             name: name.into(),
-            started_us: us(started.duration_since(self.received)),
-            took_us: us(started.elapsed()),
+            started_us: micros(started.duration_since(self.received)),
+            took_us: micros(started.elapsed()),
         };
         tracing::info!(step = name, took_us = timing.took_us, "done");
         self.steps.push(timing);
@@ -146,6 +166,10 @@ impl Clock {
     pub fn finish(self) -> Vec<Timing> {
         self.steps
     }
+}
+
+fn micros(d: Duration) -> u64 {
+    u64::try_from(d.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// One migration on this server.
@@ -180,6 +204,12 @@ pub struct Live {
     pub needs: criu::Needs,
     /// What has been received.
     pub received: Option<transfer::Volume>,
+    /// Post-copy, at the source: where the pages go.
+    pub pages: Option<postcopy::Source>,
+    /// The same while the copy's memory is still here alone.
+    pub depended: Option<postcopy::Depended>,
+    /// Post-copy, at the destination: where the pages come from.
+    pub fetch: Option<postcopy::Fetch>,
 }
 
 impl Migration {
@@ -230,6 +260,8 @@ pub struct Node {
     pub criu: criu::Probe,
     /// What this server lacks: (code, message, remedy).
     pub problems: Vec<(&'static str, String, String)>,
+    /// How many copies depend on this daemon for their memory.
+    pub depended: watch::Sender<usize>,
     hierarchy: Option<Hierarchy>,
     store: Store,
     migrations: Mutex<BTreeMap<String, Arc<Migration>>>,
@@ -283,6 +315,7 @@ impl Node {
             addresses,
             criu,
             problems,
+            depended: watch::Sender::new(0),
             hierarchy,
             store,
             migrations: Mutex::new(migrations),
@@ -396,6 +429,19 @@ impl Node {
             tracing::warn!(migration, error = chain(&e), "keeping CRIU's log");
         }
         criu::reason(&images, log)
+    }
+
+    /// How `memory` bytes would get from here to another server.
+    ///
+    /// # Errors
+    /// The mode that the configuration demands cannot be had.
+    pub fn memory_mode(&self, memory: u64) -> std::result::Result<memory::Mode, memory::Refusal> {
+        let means = memory::Means {
+            soft_dirty: self.criu.soft_dirty,
+            userfault: self.criu.userfault,
+            pipe_size: process::pipe_size_limit(),
+        };
+        memory::choose(&self.config.memory, means, memory)
     }
 
     /// A finding of this server.

@@ -282,6 +282,9 @@ impl Finder<'_> {
             }
         }
         self.room(holdings.memory_bytes);
+        if let Err(refusal) = self.node.memory_mode(holdings.memory_bytes) {
+            self.error(refusal.code, refusal.message, refusal.remedy);
+        }
 
         let mut ports: Vec<u32> = ours().filter(|s| s.listens()).map(|s| u32::from(s.local.1)).collect();
         ports.sort_unstable();
@@ -296,7 +299,9 @@ impl Finder<'_> {
             criu_version: self.node.criu.version.clone(),
             cpu_flags: process::cpu_flags(),
         };
-        let needs = Needs { unix_sockets: holdings.unix_sockets, file_locks: holdings.file_locks };
+        // which mode it is, is decided at *prepare*
+        let needs =
+            Needs { post_copy: false, unix_sockets: holdings.unix_sockets, file_locks: holdings.file_locks };
         Some((identity, facts, needs))
     }
 }

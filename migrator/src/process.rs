@@ -305,6 +305,37 @@ pub fn holdings(tree: &[u32]) -> Result<Holdings> {
     Ok(found)
 }
 
+/// The inodes of the sockets that the processes `tree` have open. One that ends meanwhile has none.
+pub fn sockets(tree: &[u32]) -> HashSet<u32> {
+    let descriptors =
+        tree.iter().filter_map(|pid| fs::read_dir(format!("/proc/{pid}/fd")).ok()).flatten().flatten();
+    descriptors
+        .filter_map(|fd| {
+            let link = fs::read_link(fd.path()).ok()?;
+            link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
+        })
+        .collect()
+}
+
+/// CAP_SYS_RESOURCE (linux/capability.h).
+const CAP_SYS_RESOURCE: u32 = 24;
+
+/// Whether this process has the capability of that number.
+pub fn capable(number: u32) -> bool {
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|l| l.strip_prefix("CapEff:"));
+    effective.and_then(|v| u64::from_str_radix(v.trim(), 16).ok()).is_some_and(|set| set & (1 << number) != 0)
+}
+
+/// Bytes of the largest pipe that this process, and what it starts, may make.
+pub fn pipe_size_limit() -> u64 {
+    if capable(CAP_SYS_RESOURCE) {
+        return u64::MAX;
+    }
+    let limit = fs::read_to_string("/proc/sys/fs/pipe-max-size").unwrap_or_default();
+    limit.trim().parse().unwrap_or(0)
+}
+
 /// Bytes in RssAnon and RssShmem of /proc/PID/status.
 fn memory_of(status: &str) -> u64 {
     status

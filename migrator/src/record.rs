@@ -101,6 +101,9 @@ pub struct Source {
     pub peer_endpoint: String,
     /// The answer to *freeze*, once voted.
     pub vote: Option<Vote>,
+    /// Memory follows the copy (post-copy): CRIU leaves the tasks stopped.
+    #[serde(default)]
+    pub post_copy: bool,
 }
 
 /// A source's vote, as answered.
@@ -325,6 +328,7 @@ mod tests {
                 peer: "backup-server".into(),
                 peer_endpoint: "10.254.0.6:7444".into(),
                 vote: None,
+                post_copy: false,
             }),
         )
     }

@@ -81,7 +81,15 @@ const NEW_SYN_RECV: u8 = 12;
 /// # Errors
 /// sock_diag is missing or refused.
 pub fn tcp() -> Result<Vec<Socket>> {
-    dump(IPPROTO_TCP)
+    dump(IPPROTO_TCP, StateFlags::all())
+}
+
+/// All TCP sockets of this network namespace but those of established connections: few, however many users there are.
+///
+/// # Errors
+/// sock_diag is missing or refused.
+pub fn tcp_unsettled() -> Result<Vec<Socket>> {
+    dump(IPPROTO_TCP, StateFlags::all() - StateFlags::ESTABLISHED)
 }
 
 /// All UDP sockets of this network namespace.
@@ -89,10 +97,10 @@ pub fn tcp() -> Result<Vec<Socket>> {
 /// # Errors
 /// sock_diag is missing or refused.
 pub fn udp() -> Result<Vec<Socket>> {
-    dump(IPPROTO_UDP)
+    dump(IPPROTO_UDP, StateFlags::all())
 }
 
-fn dump(protocol: u8) -> Result<Vec<Socket>> {
+fn dump(protocol: u8, states: StateFlags) -> Result<Vec<Socket>> {
     let netlink = Netlink::open()?;
     let mut found = Vec::new();
     for family in [AF_INET, AF_INET6] {
@@ -100,7 +108,7 @@ fn dump(protocol: u8) -> Result<Vec<Socket>> {
             family,
             protocol,
             extensions: ExtensionFlags::empty(),
-            states: StateFlags::all(),
+            states: states.clone(),
             socket_id: if family == AF_INET { SocketId::new_v4() } else { SocketId::new_v6() },
         };
         let message = NetlinkMessage::new(header(NLM_F_DUMP), SockDiagMessage::InetRequest(request).into());

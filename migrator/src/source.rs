@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! prepare: preflight, Reserve at the destination, a cgroup of its own, criu swrk
-//! freeze:  markers, queues read -> SYN fence, drain -> fence -> dump, freezer -> images -> Restore at the destination -> v leaves -> VOTE
+//! freeze:  markers, queues read -> SYN fence, drain -> fence -> dump, images on their way meanwhile -> freezer -> rest of the
+//!          images -> Restore at the destination -> v leaves -> VOTE
 //! yield:   the right to go back alone is given up
 //! end:     original ended, sockets destroyed -> fence off -> blackhole off        (COMMIT)
 //! undo:    v back -> CRIU lets go -> fence off -> thawed -> own cgroup again      (ABORT, lease, failure, restart)
@@ -15,11 +16,16 @@
 //! - after *yield* this side does nothing by itself, also not after a restart;
 //! - undo and end do every step even if one before it failed, tell all errors, and go on where they were when repeated.
 //!
+//! Post-copy ([`postcopy`]): `post-dump` is answered at once, under the freezer; CRIU then serves pages until the copy has them
+//! all, which *end* waits for.
+//!
 //! Undo lifts the fence before the tasks run, so they never see a send refused by it.
 
 use std::{
     collections::HashSet,
+    future::Future,
     net::{IpAddr, Ipv4Addr},
+    os::fd::AsRawFd as _,
     path::Path,
     sync::Arc,
     time::{Duration, Instant},
@@ -28,25 +34,29 @@ use std::{
 use handover_api::{
     tls::Role as TlsRole,
     v1::{
-        DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest,
-        RestoreRequest, Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
+        DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReceiveResponse,
+        ReserveRequest, RestoreRequest, Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
     },
 };
 use nix::sys::signal::Signal;
+use tokio::task::{JoinHandle, JoinSet};
 use tonic::Code;
 
 use crate::{
+    criu::Needs,
     criu::{self, Event, Swrk},
     error::{Error, Errors, Result, chain},
     fence::{self, Strength},
     freezer,
     machine::{Next, SourceEvent, SourceState},
     marker::{Markers, Quiet},
+    memory::Mode,
     node::{Answer, Clock, Failure, Live, Migration, Node, Service, fresh_dir},
-    preflight,
+    postcopy, preflight,
     process::{self, Identity},
     record::{Record, Role, Source, Vote},
-    sockets, transfer,
+    sockets,
+    transfer::{self, Volume},
 };
 
 /// Longest wait for handshakes, accept queues and closing connections to drain under the SYN fence. A handshake takes a
@@ -165,6 +175,17 @@ pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<Prepar
         }
     };
     let (identity, facts, needs) = found;
+    let mode = match node.memory_mode(facts.memory_bytes) {
+        Ok(mode) => mode,
+        Err(refusal) => {
+            drop(live);
+            node.forget(&request.migration);
+            let words = format!("prepare: {} ({}; {})", refusal.message, refusal.code, refusal.remedy);
+            return Err(Failure::refused(words));
+        }
+    };
+    tracing::info!(migration = migration.id, mode = mode.name(), mib = facts.memory_bytes >> 20, "memory");
+    let needs = Needs { post_copy: mode == Mode::PostCopy, ..needs };
     let source = Source {
         state: SourceState::Prepared,
         pid: identity.pid,
@@ -174,6 +195,7 @@ pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<Prepar
         peer: server.name.clone(),
         peer_endpoint: server.migration_endpoint.clone(),
         vote: None,
+        post_copy: mode == Mode::PostCopy,
     };
     let record = Record::new(
         &migration.id,
@@ -201,8 +223,16 @@ async fn make_ready(
 ) -> Answer<()> {
     let mut peer = connect(node, &server.name, &server.migration_endpoint).await?;
     let facts = live.facts.clone();
-    let reserve = ReserveRequest { migration: migration.id.clone(), service, facts };
+    let post_copy = live.needs.post_copy;
+    let reserve = ReserveRequest { migration: migration.id.clone(), service, facts, post_copy };
     peer.reserve(reserve).await.map_err(|s| at_peer("prepare", &server.name, &s))?;
+    let mut pages = None;
+    if post_copy {
+        let opened = postcopy::Source::open(&mut peer, &migration.id).await;
+        let (source, theirs) = opened.map_err(|s| at_peer("prepare", &server.name, &s))?;
+        live.pages = Some(source);
+        pages = Some(theirs);
+    }
     live.peer = Some(peer);
 
     let failed = |e: Error| Failure::at("prepare", &e);
@@ -222,8 +252,11 @@ async fn make_ready(
     fresh_dir(&images).map_err(failed)?;
     let cgroup = hierarchy.criu_dir(&migration.id);
     freezer::make(&cgroup).map_err(failed)?;
-    live.swrk =
-        Some(Swrk::spawn(&node.config.criu, &cgroup, &images.join(criu::STDERR)).await.map_err(failed)?);
+    if let Some(pages) = &pages {
+        criu::write_pages_config(&images, pages.as_raw_fd()).map_err(failed)?;
+    }
+    let swrk = Swrk::spawn_with(&node.config.criu, &cgroup, &images.join(criu::STDERR), pages).await;
+    live.swrk = Some(swrk.map_err(failed)?);
     Ok(())
 }
 
@@ -276,8 +309,7 @@ pub async fn freeze(node: &Arc<Node>, request: &FreezeRequest) -> Answer<FreezeR
         return Err(undo_after(node, &migration, &mut live, failure).await);
     }
     if !*yield_with_vote {
-        let exited = live.swrk.as_ref().map(Swrk::exited);
-        tokio::spawn(lease(node.clone(), migration.clone(), exited));
+        tokio::spawn(lease(node.clone(), migration.clone(), given_up(&live)));
     }
     answer(&live)
 }
@@ -310,7 +342,7 @@ async fn quiet(
         source.placement.clone().ok_or_else(|| Failure::refused("quiet: the process has no cgroup"))?;
     let patience = Duration::from_millis(request.marker_wait_ms).min(node.config.freeze_limit());
     let work = async {
-        let owned = process::holdings(&freezer::procs(&placement.dir)?)?.sockets;
+        let owned = process::sockets(&freezer::procs(&placement.dir)?);
         markers.quiet(&request.markers, &owned, patience).await
     };
     tokio::select! {
@@ -324,21 +356,12 @@ async fn quiet(
 async fn lease(
     node: Arc<Node>,
     migration: Arc<Migration>,
-    exited: Option<tokio::sync::watch::Receiver<bool>>,
+    given_up: impl Future<Output = &'static str> + Send + 'static,
 ) {
-    let died = async {
-        match exited {
-            Some(mut exited) => {
-                // an error means that nobody watches it any more, which is as good as dead
-                let _ = exited.wait_for(|gone| *gone).await;
-            }
-            None => std::future::pending().await,
-        }
-    };
     let why = tokio::select! {
         () = tokio::time::sleep(node.config.vote_lease()) =>
             format!("no yield within {} s of the vote", node.config.vote_lease_seconds),
-        () = died => "criu swrk died while it kept the process".to_owned(),
+        why = given_up => why.to_owned(),
     };
     let mut live = migration.lock().await;
     if part(&live).is_some_and(|(_, s)| s.state == SourceState::Voted) {
@@ -349,42 +372,95 @@ async fn lease(
     }
 }
 
+/// Completes when what the frozen process needs is gone: CRIU, or in post-copy the way of its pages (CRIU itself ends when
+/// all have been fetched).
+fn given_up(live: &Live) -> impl Future<Output = &'static str> + Send + 'static {
+    let exited = live.swrk.as_ref().map(Swrk::exited);
+    let pages = live.pages.as_ref().map(postcopy::Source::fetched);
+    async move {
+        match (exited, pages) {
+            (_, Some(fetched)) => {
+                if postcopy::over(fetched).await {
+                    std::future::pending::<()>().await;
+                }
+                "memory can no longer follow the copy"
+            }
+            (Some(mut exited), None) => {
+                // an error means that nobody watches it any more, which is as good as dead
+                let _ = exited.wait_for(|gone| *gone).await;
+                "criu swrk died while it kept the process"
+            }
+            (None, None) => std::future::pending().await,
+        }
+    }
+}
+
 async fn freeze_steps(
     node: &Arc<Node>,
     migration: &Arc<Migration>,
     live: &mut Live,
     clock: &mut Clock,
 ) -> Answer<(u64, Fenced)> {
-    let fenced = dump(node, migration, live, clock).await?;
+    let copying = Copying::start(node, migration, live)?;
+    let mut fenced = dump(node, migration, live, clock).await?;
     let limit = node.config.freeze_limit();
-    let exited = live.swrk.as_ref().map(Swrk::exited);
-    let died = async {
-        match exited {
-            Some(mut e) => {
-                let _ = e.wait_for(|gone| *gone).await;
-            }
-            None => std::future::pending().await,
-        }
-    };
-    let work = move_over(node, migration, live, clock);
+    let given_up = given_up(live);
+    let work = move_over(node, migration, live, copying, clock);
     // none of the steps after the dump leaves anything half done that undo would not find
-    let bytes = tokio::select! {
+    let (bytes, connections) = tokio::select! {
         done = work => done?,
         () = migration.cancelled() => return Err(Failure::new(Code::Aborted, "freeze: the controller aborted")),
-        () = died => {
-            return Err(Failure::new(Code::Aborted, "freeze: criu swrk died while the process was frozen"));
-        }
+        why = given_up => return Err(Failure::new(Code::Aborted, format!("freeze: {why}"))),
         () = tokio::time::sleep(limit) => {
             let words = format!("freeze: not done within freeze_limit_seconds = {}", limit.as_secs());
             return Err(Failure::new(Code::Aborted, words));
         }
     };
+    fenced.connections = connections;
     Ok((bytes, fenced))
+}
+
+/// Images on their way to the destination while they are written. Dropped, it ends the stream, and the destination
+/// discards what it has.
+struct Copying {
+    call: JoinSet<std::result::Result<tonic::Response<ReceiveResponse>, tonic::Status>>,
+    reading: JoinHandle<Result<Volume>>,
+}
+
+impl Copying {
+    /// Opens the stream; the destination makes ready for the copy meanwhile.
+    fn start(node: &Node, migration: &Migration, live: &Live) -> Answer<Self> {
+        let peer = live.peer.clone();
+        let mut peer =
+            peer.ok_or_else(|| Failure::refused("copy: there is no connection to the destination"))?;
+        let (chunks, reading) = transfer::follow(migration.id.clone(), &node.images(&migration.id))
+            .map_err(|e| Failure::at("copy", &e))?;
+        let mut call = JoinSet::new();
+        call.spawn(async move { peer.receive(tokio_stream::wrappers::ReceiverStream::new(chunks)).await });
+        Ok(Self { call, reading })
+    }
+
+    /// Waits until all is at the destination. CRIU has written the last.
+    async fn finish(mut self, peer_name: &str) -> Answer<Volume> {
+        let lost = |e| Failure::new(Code::Internal, format!("copy: {e}"));
+        let received = self.call.join_next().await.transpose().map_err(lost)?;
+        let received = received.ok_or_else(|| Failure::new(Code::Internal, "copy: nothing was under way"))?;
+        let received = received.map_err(|s| at_peer("copy", peer_name, &s))?.into_inner();
+        let sent = self.reading.await.map_err(lost)?.map_err(|e| Failure::at("copy", &e))?;
+        if (received.bytes, received.files) != (sent.bytes, sent.files) {
+            let words = format!(
+                "copy: {} bytes in {} files were sent, {} in {} arrived",
+                sent.bytes, sent.files, received.bytes, received.files
+            );
+            return Err(Failure::new(Code::Aborted, words));
+        }
+        Ok(sent)
+    }
 }
 
 /// Fence and dump. Ends with the tasks held by the freezer and CRIU waiting at `post-dump`. Is never interrupted: CRIU
 /// killed with its parasite inside a task would ruin the task.
-async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<Fenced> {
+async fn dump(node: &Arc<Node>, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<Fenced> {
     let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, pid) = (record.address, source.pid);
     let identity = Identity { pid, start_time: source.start_time };
@@ -400,15 +476,19 @@ async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut C
         Failure::new(Code::Aborted, format!("dump: {}: {reason}", chain(&e)))
     };
     let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("dump: criu swrk is not running"))?;
+    // looked at before anything stands still: it takes the longer the more connections there are
+    let owned = process::sockets(&freezer::procs(&placement.dir).map_err(failed)?);
     // until its final response it may have the sockets in repair mode
     live.broken = true;
+    let asked = Instant::now();
     swrk.dump(pid, &images, needs).await.map_err(died)?;
     let mut fence = Fenced::default();
     let mut dump_started = Instant::now();
     loop {
         match swrk.event().await.map_err(died)? {
             Event::Notify(point) if point == "pre-dump" => {
-                let fenced = clock.step("fence", fence_off(&migration.id, v, &placement.dir)).await;
+                clock.note("criu", asked);
+                let fenced = fence_off(&migration.id, v, &owned, clock).await;
                 match fenced {
                     Ok(fenced) => fence = fenced,
                     Err(e) => {
@@ -424,8 +504,19 @@ async fn dump(node: &Node, migration: &Migration, live: &mut Live, clock: &mut C
             }
             Event::Notify(point) if point == "post-dump" => {
                 live.held = true;
-                freezer::freeze(&placement.dir).await.map_err(failed)?;
                 clock.note("dump", dump_started);
+                clock.step("freezer", freezer::freeze(&placement.dir)).await.map_err(failed)?;
+                transfer::dumped(&images).map_err(failed)?;
+                if !needs.post_copy {
+                    return Ok(fence);
+                }
+                // from here on the freezer alone holds the tasks; CRIU says when it serves
+                live.depended = Some(postcopy::Depended::new(node));
+                live.held = false;
+                swrk.answer(true).await.map_err(failed)?;
+            }
+            Event::Notify(point) if point == "status-ready" => {
+                swrk.answer(true).await.map_err(failed)?;
                 return Ok(fence);
             }
             Event::Notify(_) => swrk.answer(true).await.map_err(failed)?,
@@ -447,19 +538,21 @@ struct Fenced {
     losses: Vec<String>,
 }
 
-/// New connections out, then a bounded wait for what is under way, then everything out.
-async fn fence_off(migration: &str, v: Ipv4Addr, tree_dir: &Path) -> Result<Fenced> {
+/// New connections out, then a bounded wait for what is under way, then everything out. Nothing of it depends on the
+/// number of established connections.
+async fn fence_off(migration: &str, v: Ipv4Addr, owned: &HashSet<u32>, clock: &mut Clock) -> Result<Fenced> {
+    let draining = Instant::now();
     fence::set(migration, v, Strength::NewConnections)?;
-    let owned = process::holdings(&freezer::procs(tree_dir)?)?.sockets;
     let deadline = Instant::now() + DRAIN;
     let left = loop {
-        let left = in_transit(v, &owned)?;
+        let left = in_transit(v, owned)?;
         if left.is_empty() || Instant::now() >= deadline {
             break left;
         }
         tokio::time::sleep(DRAIN_LOOK).await;
     };
-    fence::set(migration, v, Strength::All)?;
+    clock.note("drain", draining);
+    clock.step("fence", async { fence::set(migration, v, Strength::All) }).await?;
     if let Some((port, waiting)) = left.queues.first() {
         return Err(Error::other(format!(
             "{waiting} connections to port {port} wait to be accepted and the service does not accept them within {} \
@@ -472,7 +565,7 @@ async fn fence_off(migration: &str, v: Ipv4Addr, tree_dir: &Path) -> Result<Fenc
         losses
             .push(format!("UDP port {}: {} bytes received but not read", socket.local.1, socket.recv_queue));
     }
-    Ok(Fenced { connections: left.connections, losses })
+    Ok(Fenced { connections: 0, losses })
 }
 
 /// What drains under the SYN fence, and what stays.
@@ -481,8 +574,6 @@ struct InTransit {
     queues: Vec<(u16, u32)>,
     /// Handshakes and closing connections on v, in words.
     closing: Vec<String>,
-    /// Connections the service owns.
-    connections: u32,
 }
 
 impl InTransit {
@@ -492,10 +583,9 @@ impl InTransit {
 }
 
 fn in_transit(v: Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> {
-    let tcp = sockets::tcp()?;
+    let tcp = sockets::tcp_unsettled()?;
     let queues = tcp.iter().filter(|s| s.listens() && owned.contains(&s.inode) && s.recv_queue > 0);
     let closing = tcp.iter().filter(|s| s.local.0 == IpAddr::V4(v) && s.in_transit());
-    let connections = tcp.iter().filter(|s| s.connected() && owned.contains(&s.inode)).count();
     Ok(InTransit {
         queues: queues.map(|s| (s.local.1, s.recv_queue)).collect(),
         closing: closing
@@ -503,46 +593,43 @@ fn in_transit(v: Ipv4Addr, owned: &HashSet<u32>) -> Result<InTransit> {
                 format!("connection {}:{} was opening or closing and is not taken along", s.peer.0, s.peer.1)
             })
             .collect(),
-        connections: u32::try_from(connections).unwrap_or(u32::MAX),
     })
 }
 
-/// Images, restore at the destination, v. Everything under the fence.
-async fn move_over(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<u64> {
+/// How many connections the frozen processes in `tree_dir` own.
+fn connections(tree_dir: &Path) -> Result<u32> {
+    let owned = process::sockets(&freezer::procs(tree_dir)?);
+    let count = sockets::tcp()?.iter().filter(|s| s.connected() && owned.contains(&s.inode)).count();
+    Ok(u32::try_from(count).unwrap_or(u32::MAX))
+}
+
+/// Images, restore at the destination, v. Everything under the fence. Gives bytes sent and connections taken along.
+async fn move_over(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    copying: Copying,
+    clock: &mut Clock,
+) -> Answer<(u64, u32)> {
     let (record, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (v, peer_name) = (record.address, source.peer.clone());
+    let tree_dir = source.placement.as_ref().map(|p| p.dir.clone()).unwrap_or_default();
+    // beside the work: it takes the longer the more there are
+    let counting = tokio::task::spawn_blocking(move || connections(&tree_dir));
+    let volume = clock.step("copy", copying.finish(&peer_name)).await?;
     let peer = live
         .peer
         .as_mut()
-        .ok_or_else(|| Failure::refused("copy: there is no connection to the destination"))?;
-
-    let volume = clock
-        .step("copy", async {
-            let (chunks, reading) = transfer::send(migration.id.clone(), node.images(&migration.id));
-            let received = peer.receive(tokio_stream::wrappers::ReceiverStream::new(chunks)).await;
-            let sent = reading.await.map_err(|e| Failure::new(Code::Internal, format!("copy: {e}")))?;
-            let received = received.map_err(|s| at_peer("copy", &peer_name, &s))?.into_inner();
-            let sent = sent.map_err(|e| Failure::at("copy", &e))?;
-            if (received.bytes, received.files) != (sent.bytes, sent.files) {
-                return Err(Failure::new(
-                    Code::Aborted,
-                    format!(
-                        "copy: {} bytes in {} files were sent, {} in {} arrived",
-                        sent.bytes, sent.files, received.bytes, received.files
-                    ),
-                ));
-            }
-            Ok(sent)
-        })
-        .await?;
+        .ok_or_else(|| Failure::refused("restore: there is no connection to the destination"))?;
     let restore = RestoreRequest {
         migration: migration.id.clone(),
         image_bytes: volume.bytes,
         image_files: volume.files,
     };
     clock
-        .step("restore", async {
-            peer.restore(restore).await.map_err(|s| at_peer("restore", &peer_name, &s))
+        .part("restore", async {
+            let answer = peer.restore(restore).await.map_err(|s| at_peer("restore", &peer_name, &s))?;
+            Ok::<_, Failure>(answer.into_inner().steps.into_iter().map(Into::into).collect())
         })
         .await?;
     clock
@@ -552,7 +639,8 @@ async fn move_over(node: &Node, migration: &Migration, live: &mut Live, clock: &
         })
         .await
         .map_err(|e| Failure::at("address", &e))?;
-    Ok(volume.bytes)
+    let counted = counting.await.map_err(|e| Failure::new(Code::Internal, format!("copy: {e}")))?;
+    Ok((volume.bytes, counted.map_err(|e| Failure::at("copy", &e))?))
 }
 
 /// Step 12.
@@ -579,6 +667,10 @@ pub async fn end(node: &Node, id: &str) -> Answer<Vec<crate::record::Timing>> {
     let (record, source) = part(&live).ok_or_else(|| unknown(id))?;
     let (v, placement, pid) = (record.address, source.placement.clone(), source.pid);
     let mut errors = Errors::default();
+    let mut complete = true;
+    if let Some(pages) = live.pages.as_ref().map(postcopy::Source::fetched) {
+        complete = clock.step("pages", postcopy::over(pages)).await;
+    }
     clock
         .step("end", async {
             let dir = placement.as_ref().map(|p| &p.dir);
@@ -593,6 +685,10 @@ pub async fn end(node: &Node, id: &str) -> Answer<Vec<crate::record::Timing>> {
                 let ended = async {
                     if live.held {
                         swrk.answer(true).await?;
+                    }
+                    // of a page server this closes the socket
+                    let serving = live.pages.take().is_some();
+                    if live.held || serving {
                         swrk.finish(true, CRIU_PATIENCE).await?;
                     }
                     Ok::<_, Error>(())
@@ -632,6 +728,14 @@ pub async fn end(node: &Node, id: &str) -> Answer<Vec<crate::record::Timing>> {
     *live = Live { record: live.record.take(), ..Live::default() };
     drop(live);
     node.prune();
+    if !complete {
+        let words = format!(
+            "end: not all of the memory of pid {pid} followed the copy, which was killed therefore: the service has to be \
+             started again at the destination"
+        );
+        tracing::error!(migration = id, words);
+        return Err(Failure::new(Code::DataLoss, words));
+    }
     Ok(clock.finish())
 }
 
@@ -699,6 +803,12 @@ pub async fn undo(
             }
             errors.keep(fence::open(&migration.id));
             errors.keep(sockets::probe(&tree));
+            if source.post_copy {
+                // CRIU left them stopped, or is about to have: the freezer still holds back what its signals do
+                for &pid in &tree {
+                    errors.keep(process::signal(pid, Signal::SIGCONT));
+                }
+            }
             errors.keep(freezer::thaw(&placement.dir).await);
             if !clean {
                 for pid in tree {
@@ -726,6 +836,7 @@ pub async fn undo(
 /// Makes CRIU let go of the tasks. Says whether it did so itself, leaving nothing in repair mode.
 async fn let_go(node: &Node, id: &str, live: &mut Live) -> bool {
     let held = std::mem::take(&mut live.held);
+    let serving = live.pages.take().is_some();
     if let Some(mut swrk) = live.swrk.take() {
         let mut clean = !live.broken;
         if held {
@@ -738,6 +849,13 @@ async fn let_go(node: &Node, id: &str, live: &mut Live) -> bool {
                 Ok(_) => clean = true,
                 Err(e) => tracing::warn!(migration = id, error = chain(&e), "CRIU did not let go by itself"),
             }
+        }
+        if serving && live.broken {
+            // the page server found its socket closed: it leaves the tasks stopped, with their sockets in repair mode
+            if let Err(e) = swrk.finish(true, CRIU_PATIENCE).await {
+                tracing::warn!(migration = id, error = chain(&e), "CRIU's page server");
+            }
+            clean = false;
         }
         // dropping the socket ends one that has not been asked anything
         let mut exited = swrk.exited();

@@ -17,6 +17,8 @@
 //! ```
 
 pub mod apps;
+pub mod bench;
+pub mod byhand;
 pub mod capture;
 pub mod ethtool;
 mod host;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use handover_lab::{init, run};
+use handover_lab::{bench, init, run};
 
 /// The lab of Handover.
 #[derive(Parser)]
@@ -17,6 +17,8 @@ struct Args {
 enum Verb {
     /// Build the lab, move a live service and its user to another site, and show what happened.
     Run(run::Options),
+    /// Measure migrations, beside the same done by hand.
+    BenchMigrate(bench::Options),
     /// Pid 1 of a host; started by the lab.
     #[command(hide = true)]
     Host {
@@ -28,6 +30,7 @@ enum Verb {
 fn main() -> ExitCode {
     let done = match Args::parse().verb {
         Verb::Run(options) => run::run(options),
+        Verb::BenchMigrate(options) => bench::run(&options),
         Verb::Host { name: _ } => init::run().map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|e| {

@@ -147,7 +147,15 @@ impl Play {
     /// # Errors
     /// With the daemons' logs.
     pub fn start_film(memory_mib: u16) -> anyhow::Result<Self> {
-        Self::start_with(Topology::new()?, App::Film, memory_mib, |_| {})
+        Self::start_with(Topology::new()?, App::Film, memory_mib, 1, |_| {})
+    }
+
+    /// As [`Self::start`], with a load of `memory_mib` MiB under `connections` connections, in a topology without daemons.
+    ///
+    /// # Errors
+    /// With the daemons' logs.
+    pub fn start_load(topology: Topology, memory_mib: u16, connections: usize) -> anyhow::Result<Self> {
+        Self::start_with(topology, App::Load, memory_mib, connections, |_| {})
     }
 
     /// Brings it up in a topology that has no daemons yet; `progress` is told what comes next.
@@ -155,13 +163,14 @@ impl Play {
     /// # Errors
     /// With the daemons' logs.
     pub fn start_in(topology: Topology, app: App, progress: impl Fn(&str)) -> anyhow::Result<Self> {
-        Self::start_with(topology, app, 8, progress)
+        Self::start_with(topology, app, 8, 1, progress)
     }
 
     fn start_with(
         mut topology: Topology,
         app: App,
         memory_mib: u16,
+        connections: usize,
         progress: impl Fn(&str),
     ) -> anyhow::Result<Self> {
         progress("daemons: handover-gateway, two handover-migrator, handover-controller");
@@ -172,7 +181,7 @@ impl Play {
             topology.apply(&Topology::inventory(app))?;
             let capture = topology.capture()?;
             progress("user: taro connects, one connection to the end");
-            Ok((topology.start_client(&service)?, capture, service))
+            Ok((topology.start_client_of(&service, connections)?, capture, service))
         };
         let served: anyhow::Result<_> = served();
         let (client, capture, service) = served.with_context(|| topology.logs())?;

@@ -49,6 +49,41 @@ const CLIENT: Duration = Duration::from_secs(60);
 /// Length of the file that nginx serves, bytes.
 const DOWNLOAD: usize = 512 << 20;
 
+/// Connections that the load's client opens unless told otherwise.
+const CROWD: usize = 100;
+/// What the migrators of the scenarios need of `fs.pipe-max-size` for post-copy (root here lacks CAP_SYS_RESOURCE).
+const PIPE_SIZE: u64 = 4 << 20;
+const PIPE_MAX_SIZE: &str = "/proc/sys/fs/pipe-max-size";
+
+/// `fs.pipe-max-size` raised, and put back when dropped. The kernel knows it for the whole machine only.
+#[derive(Debug)]
+pub struct LargePipes(Option<u64>);
+
+impl LargePipes {
+    /// Raises it where it is too small.
+    ///
+    /// # Errors
+    /// If it cannot be read or written.
+    pub fn raise() -> anyhow::Result<Self> {
+        let now: u64 = fs::read_to_string(PIPE_MAX_SIZE).context(PIPE_MAX_SIZE)?.trim().parse()?;
+        if now >= PIPE_SIZE {
+            return Ok(Self(None));
+        }
+        fs::write(PIPE_MAX_SIZE, PIPE_SIZE.to_string()).context(PIPE_MAX_SIZE)?;
+        Ok(Self(Some(now)))
+    }
+}
+
+impl Drop for LargePipes {
+    fn drop(&mut self) {
+        if let Some(before) = self.0
+            && let Err(e) = fs::write(PIPE_MAX_SIZE, before.to_string())
+        {
+            eprintln!("handover-lab: {PIPE_MAX_SIZE}: {e}");
+        }
+    }
+}
+
 /// A site with a server that the service can be at.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Site {
@@ -108,6 +143,8 @@ pub enum App {
     Redis,
     /// nginx and a download of half a gigabyte.
     Nginx,
+    /// The lab's load: memory and connections as many as wanted.
+    Load,
     /// The lab's pulse: 50,000 numbered datagrams a second, and pings that do not wait for their answers.
     Pulse,
 }
@@ -120,6 +157,7 @@ impl App {
             Self::Film => "film",
             Self::Redis => "redis",
             Self::Nginx => "nginx",
+            Self::Load => "load",
             Self::Pulse => "pulse",
         }
     }
@@ -131,6 +169,7 @@ impl App {
             Self::Film => 8000,
             Self::Redis => 6379,
             Self::Nginx => 80,
+            Self::Load => 8100,
             Self::Pulse => 9000,
         }
     }
@@ -142,6 +181,7 @@ impl App {
             Self::Film => "film-server --listen",
             Self::Redis => "redis-server",
             Self::Nginx => "nginx: master",
+            Self::Load => "load-server --listen",
             Self::Pulse => "pulse-server --listen",
         }
     }
@@ -271,6 +311,19 @@ impl Topology {
                 tls += &format!("{key} = \"{there}\"\n");
             }
             host.write(format!("/run/lab/{daemon}.toml"), format!("name = \"{name}\"\n{config}\n{tls}"))?;
+        }
+        Ok(())
+    }
+
+    /// Adds to the configuration of both migrators; before they are started.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn configure_migrators(&self, more: &str) -> anyhow::Result<()> {
+        for site in Site::ALL {
+            let server = self.server(site)?;
+            let config = server.read("/run/lab/migrator.toml")?;
+            server.write("/run/lab/migrator.toml", format!("{config}\n{more}\n"))?;
         }
         Ok(())
     }
@@ -468,6 +521,12 @@ target = {{ command = "{}" }}
                 "--appendonly",
                 "no",
             ]),
+            App::Load => Program::new(program("load-server")?).args([
+                "--listen",
+                &format!("{V}:{}", app.port()),
+                "--memory-mib",
+                &memory_mib.to_string(),
+            ]),
             App::Nginx => {
                 let path = self.lab.work().join("film.bin");
                 let sha256 = content::write(&path, DOWNLOAD)?;
@@ -495,11 +554,24 @@ target = {{ command = "{}" }}
     /// # Errors
     /// If it is not served.
     pub fn start_client(&self, service: &Service) -> anyhow::Result<Client> {
+        self.start_client_of(service, CROWD)
+    }
+
+    /// As [`Self::start_client`]; that of the load opens `connections`.
+    ///
+    /// # Errors
+    /// If it is not served.
+    pub fn start_client_of(&self, service: &Service, connections: usize) -> anyhow::Result<Client> {
         let server = format!("{V}:{}", service.app.port());
         let program = match (service.app, &service.file) {
             (App::Film, _) => Program::new(program("film-viewer")?).args([server]),
             (App::Pulse, _) => Program::new(program("pulse-client")?).args([server]),
             (App::Redis, _) => Program::new(program("redis-writer")?).args([server]),
+            (App::Load, _) => Program::new(program("load-client")?).args([
+                server.as_str(),
+                "--connections",
+                &connections.to_string(),
+            ]),
             (App::Nginx, Some(file)) => Program::new(program("downloader")?).args([
                 server.as_str(),
                 "/film.bin",
@@ -661,7 +733,7 @@ impl Client {
     pub fn finish(mut self) -> anyhow::Result<Report> {
         let client = format!("the {} client on taro", self.app.name());
         match self.app {
-            App::Film => drop(self.process.stdin.take()),
+            App::Film | App::Load => drop(self.process.stdin.take()),
             App::Redis | App::Pulse if self.process.ended().is_none() => {
                 self.process.signal(Signal::SIGUSR1)?
             }

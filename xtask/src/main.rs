@@ -78,6 +78,16 @@ enum Bench {
         #[arg(long)]
         json: bool,
     },
+    /// How long services of different sizes stand still, beside the same move done by hand.
+    ///
+    /// Everything after `migrate` goes to the lab: `--quick`, `--json`, `--memory`, `--connections`, `--modes`, `--runs`; see
+    /// `cargo xtask bench migrate --help`.
+    #[command(disable_help_flag = true)]
+    Migrate {
+        /// Arguments of the lab.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<String>,
+    },
 }
 
 /// A command line of the gateway's bench.
@@ -93,6 +103,7 @@ fn main() -> ExitCode {
         Verb::Test { filter } => verbs::test(filter.as_deref()),
         Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation),
         Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
+        Verb::Bench { what: Bench::Migrate { args } } => verbs::bench_migrate(&args),
         Verb::Fuzz { frames, seed, json } => {
             verbs::gateway_bench(&words("fuzz", &[("--frames", frames), ("--seed", seed)], json))
         }

@@ -29,6 +29,15 @@ pub fn gateway_bench(args: &[String]) -> anyhow::Result<ExitCode> {
     release("handover-gateway", "handover-gateway-bench", args)
 }
 
+/// `cargo xtask bench migrate`: the lab's bench, everything built as it is shipped.
+pub fn bench_migrate(args: &[String]) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    eprintln!("build: all programs, as they are shipped");
+    run_command(cargo().args(["build", "--quiet", "--release", "--bins"]))?;
+    let lab = target_dir().join("release/handover-lab");
+    hand_over(Command::new(&lab).arg("bench-migrate").args(args))
+}
+
 /// `cargo xtask simulate`.
 pub fn simulate(seeds: u64, seed: u64, mutation: Option<String>) -> anyhow::Result<ExitCode> {
     let mut args = vec!["--seeds".into(), seeds.to_string(), "--seed".into(), seed.to_string()];

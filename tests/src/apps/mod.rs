@@ -6,6 +6,7 @@
 
 pub mod content;
 pub mod film;
+pub mod load;
 pub mod pulse;
 pub mod resp;
 

@@ -401,6 +401,7 @@ pub(crate) async fn preflight(
     for gateway in plan.gateways.keys() {
         let (controller, gateway) = (Arc::clone(controller), gateway.clone());
         let request = stage_request(plan, &gateway, migration);
+        let request_of = migration.to_owned();
         gateways.spawn(async move {
             let who = format!("gateway {gateway}");
             let check = async {
@@ -408,7 +409,7 @@ pub(crate) async fn preflight(
                 let mut client = controller.peers.get(Kind::Gateway, &gateway)?.gateway();
                 client.check_switch(with_deadline(request, PREFLIGHT)).await
             };
-            match asked(&who, check).await {
+            match asked(&request_of, &who, check).await {
                 Ok(r) => r.findings.into_iter().map(from_wire).collect(),
                 Err(finding) => vec![finding],
             }
@@ -441,7 +442,7 @@ async fn preflight_servers(
     };
     let mut findings = Vec::new();
     let mut facts = None;
-    match asked(&Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
+    match asked(migration, &Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
         Ok(r) => {
             findings.extend(r.findings.into_iter().map(from_wire));
             facts = r.facts;
@@ -452,7 +453,7 @@ async fn preflight_servers(
     if facts.is_some() {
         let role = v1::preflight_request::Role::Destination.into();
         let request = v1::PreflightRequest { role, facts: facts.clone(), ..request };
-        match asked(&who, ask(&plan.to, request)).await {
+        match asked(migration, &who, ask(&plan.to, request)).await {
             Ok(r) => findings.extend(r.findings.into_iter().map(from_wire)),
             Err(finding) => findings.push(finding),
         }
@@ -461,15 +462,22 @@ async fn preflight_servers(
         let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
         let status =
             async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
-        findings.extend(asked(&who, status).await.err());
+        findings.extend(asked(migration, &who, status).await.err());
     }
     (findings, facts)
 }
 
 /// The answer of a preflight call, or the finding that there was none.
-async fn asked<T>(who: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Finding> {
+async fn asked<T>(
+    session: &str,
+    who: &str,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Finding> {
     let status = match timeout(PREFLIGHT, call).await {
-        Ok(Ok(response)) => return Ok(response.into_inner()),
+        Ok(Ok(response)) => {
+            tracing::info!(session, by = who, "preflight answered");
+            return Ok(response.into_inner());
+        }
         Ok(Err(status)) => status,
         Err(_) => Status::deadline_exceeded(format!("no answer within {}", seconds(PREFLIGHT))),
     };

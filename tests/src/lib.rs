@@ -19,6 +19,7 @@
 pub mod apps;
 pub mod capture;
 pub mod ethtool;
+pub mod faults;
 mod host;
 pub mod init;
 mod lab;

@@ -146,6 +146,14 @@ impl Play {
         Self::start_with(Topology::new()?, App::Film, memory_mib, |_| {})
     }
 
+    /// As [`Self::start_film`], in a topology that has no daemons yet.
+    ///
+    /// # Errors
+    /// With the daemons' logs.
+    pub fn start_film_in(topology: Topology, memory_mib: u16) -> anyhow::Result<Self> {
+        Self::start_with(topology, App::Film, memory_mib, |_| {})
+    }
+
     /// Brings it up in a topology that has no daemons yet; `progress` is told what comes next.
     ///
     /// # Errors

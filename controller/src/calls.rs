@@ -4,7 +4,7 @@
 
 use std::{future::Future, sync::Arc, time::Duration};
 
-use handover_api::v1;
+use handover_api::{users, v1};
 use tokio::{
     sync::mpsc::UnboundedSender,
     task::JoinSet,
@@ -91,8 +91,9 @@ impl Call {
                     migration: id,
                     switch,
                     generation,
-                    users: self.plan.users_at(&gateway),
+                    users: Vec::new(),
                     to_network: self.plan.to.network.clone(),
+                    users_digest: users::digest(&self.plan.users_at(&gateway)).into(),
                 };
                 let answer = self.before(|deadline| {
                     let (client, request) =
@@ -255,8 +256,9 @@ impl Call {
             migration: again.to_owned(),
             switch: staged.switch,
             generation: staged.generation,
-            users,
+            users: Vec::new(),
             to_network: network.to_owned(),
+            users_digest: users::digest(&users).into(),
         };
         client.switch(with_deadline(request, CONFIRM)).await?;
         self.finish_again(gateway, again).await?;

@@ -73,10 +73,13 @@ pub struct Peer {
     pub(crate) gone: tokio::sync::watch::Sender<bool>,
 }
 
+/// Octets of the largest status taken from a gateway: one of the most users a gateway can have (2^20) is some 100 MB.
+const LARGEST_STATUS: usize = 256 << 20;
+
 impl Peer {
     /// A client, if it is a gateway.
     pub fn gateway(&self) -> GatewayClient<Channel> {
-        GatewayClient::new(self.channel.clone())
+        GatewayClient::new(self.channel.clone()).max_decoding_message_size(LARGEST_STATUS)
     }
 
     /// A client, if it is a migrator.

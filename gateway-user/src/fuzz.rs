@@ -341,7 +341,7 @@ impl Harness {
             Table::new(USERS_MAX).configured(&desired).map_err(|e| cannot(e.to_string()))?;
         for (i, user) in world.users.iter().enumerate() {
             if let Place::Staged(from, to) | Place::Switched(from, to) = user.place {
-                let (migration, users) = (format!("m{i}"), [format!("user{i}")]);
+                let (migration, users) = (format!("m{i}"), vec![format!("user{i}")]);
                 let refused = |e: crate::table::Refusal| cannot(e.to_string());
                 table.stage_begin(&migration, &users, &name(from), &name(to)).map_err(refused)?;
                 let (_, staged) = table.stage_write(&migration).map_err(refused)?;

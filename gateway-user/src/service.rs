@@ -40,8 +40,8 @@ use crate::{
     plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
     state::{StateError, Store},
     table::{
-        Asked, Refusal, Retired, Snapshot, SnapshotError, StageAnswer, StageStep, SwitchAnswer, SwitchStep,
-        Table, Write,
+        Asked, Named, Refusal, Retired, Snapshot, SnapshotError, StageAnswer, StageStep, SwitchAnswer,
+        SwitchStep, Table, Write,
     },
 };
 
@@ -877,10 +877,20 @@ impl gateway_server::Gateway for Gateway {
     ) -> Result<Response<v1::SwitchResponse>, Status> {
         let received_ns = monotonic_ns();
         require_role(&request, CONTROLLER)?;
-        let v1::SwitchRequest { migration, switch, generation, users, to_network } = request.into_inner();
+        let v1::SwitchRequest { migration, switch, generation, users, to_network, users_digest } =
+            request.into_inner();
+        let named = match (users.is_empty(), users_digest.is_empty()) {
+            (_, true) => Named::Users(&users),
+            (true, false) => Named::Digest(&users_digest),
+            (false, false) => {
+                return Err(Status::invalid_argument(format!(
+                    "switch of migration `{migration}`: users and users_digest are both given; give one of them"
+                )));
+            }
+        };
         let answer = {
             let mut core = self.core();
-            match core.table.switch(&migration, switch, generation, &users, &to_network)? {
+            match core.table.switch(&migration, switch, generation, named, &to_network)? {
                 SwitchStep::Done(answer) => answer,
                 SwitchStep::Store { index, word } => {
                     let committed = core.plane.commit(index, word);
@@ -894,7 +904,7 @@ impl gateway_server::Gateway for Gateway {
             }
         };
         self.save_soon();
-        info!(migration, users = users.len(), to = to_network, ?answer, "switched");
+        info!(migration, to = to_network, ?answer, "switched");
         Ok(Response::new(v1::SwitchResponse {
             window_ns: answer.window_ns,
             store_latency_ns: answer.store_latency_ns,

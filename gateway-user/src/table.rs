@@ -39,6 +39,8 @@ use gateway_ebpf::{
     Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord, frame::ip_word, words::Selector,
 };
 
+use handover_api::users::{self, DIGEST_LEN};
+
 use crate::{
     desired::{Desired, NetworkSpec, UserSpec},
     groups::{Hearers, HearersByVid},
@@ -328,7 +330,24 @@ struct Switch {
     to: Arc<str>,
     /// Sorted.
     users: Vec<Arc<str>>,
+    /// Of their names.
+    digest: [u8; DIGEST_LEN],
     state: State,
+}
+
+/// How a switch names its users again.
+#[derive(Debug, Clone, Copy)]
+pub enum Named<'a> {
+    /// All of them, in any order.
+    Users(&'a [String]),
+    /// By [`handover_api::users::digest`].
+    Digest(&'a [u8]),
+}
+
+impl<'a> From<&'a Vec<String>> for Named<'a> {
+    fn from(users: &'a Vec<String>) -> Self {
+        Self::Users(users)
+    }
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -624,8 +643,9 @@ impl Table {
         }
         staged.sort_unstable();
         self.generation += 1;
-        let switch =
-            Switch { index, generation: self.generation, from, to, users: staged, state: State::Staging };
+        let digest = users::digest(&staged);
+        let state = State::Staging;
+        let switch = Switch { index, generation: self.generation, from, to, users: staged, digest, state };
         let step = self.introduction(&switch);
         self.switches.insert(migration, switch);
         Ok(step)
@@ -699,12 +719,12 @@ impl Table {
     ///
     /// # Errors
     /// [`Refusal`] if this is not what was staged.
-    pub fn switch(
+    pub fn switch<'a>(
         &self,
         migration: &str,
         index: u32,
         generation: u64,
-        users: &[String],
+        users: impl Into<Named<'a>>,
         to: &str,
     ) -> Result<SwitchStep, Refusal> {
         let differs = |what| Err(Refusal::Differs { migration: migration.into(), what });
@@ -726,7 +746,11 @@ impl Table {
         if *switch.to != *to {
             return differs("networks");
         }
-        if !same_users(&switch.users, users) {
+        let same = match users.into() {
+            Named::Users(users) => same_users(&switch.users, users),
+            Named::Digest(digest) => switch.digest == digest,
+        };
+        if !same {
             return differs("users");
         }
         match switch.state {

@@ -36,6 +36,7 @@ use common::{BROADCAST, HANAKO, IPV4, TARO, VIRTUAL, arp, bare, network, user};
 use gateway_ebpf::{SwitchWord, words::Selector};
 use handover_api::{
     tls::{Role, Tls, init_authority, issue},
+    users,
     v1::{self, gateway_client::GatewayClient},
 };
 use handover_gateway::mac::Mac;
@@ -541,6 +542,7 @@ fn a_user_is_switched_between_a_real_router_and_a_tagged_network() {
         generation: staged.generation,
         users: users.iter().map(ToString::to_string).collect(),
         to_network: "net2".into(),
+        users_digest: Vec::new(),
     };
     let other = switch(&["taro", "hanako"]);
     let refused = lab.call(async |mut gateway| gateway.switch(other).await.unwrap_err());
@@ -568,13 +570,13 @@ fn a_user_is_switched_between_a_real_router_and_a_tagged_network() {
 
     // for good
     let staged = lab.call(async |mut gateway| gateway.stage(stage("m4", "net2")).await.unwrap().into_inner());
-    let request = v1::SwitchRequest {
-        migration: "m4".into(),
-        switch: staged.switch,
-        generation: staged.generation,
-        users: vec!["taro".into()],
-        to_network: "net2".into(),
-    };
+    let request = switch_of(&staged, "m4");
+    let both = v1::SwitchRequest { users: vec!["taro".into()], ..request.clone() };
+    let other = v1::SwitchRequest { users_digest: users::digest(&["hanako"]).into(), ..request.clone() };
+    for (wrong, code) in [(both, Code::InvalidArgument), (other, Code::FailedPrecondition)] {
+        let refused = lab.call(async |mut gateway| gateway.switch(wrong).await.unwrap_err());
+        assert_eq!(refused.code(), code, "{refused}");
+    }
     lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
     let finish = || v1::FinishSwitchRequest { migration: "m4".into() };
     lab.call(async |mut gateway| gateway.finish(finish()).await.unwrap());
@@ -742,8 +744,9 @@ fn switch_of(staged: &v1::StageResponse, migration: &str) -> v1::SwitchRequest {
         migration: migration.into(),
         switch: staged.switch,
         generation: staged.generation,
-        users: vec!["taro".into()],
+        users: Vec::new(),
         to_network: "net2".into(),
+        users_digest: users::digest(&["taro"]).into(),
     }
 }
 

@@ -291,7 +291,10 @@ impl Gateway for FakeGateway {
                 let Some((_, to, users, switched)) = s.staged.get_mut(&r.migration) else {
                     return Err(Status::failed_precondition("not staged"));
                 };
-                if *to != r.to_network || *users != r.users || (r.switch, r.generation) != (1, 7) {
+                if *to != r.to_network
+                    || handover_api::users::digest(users)[..] != r.users_digest
+                    || (r.switch, r.generation) != (1, 7)
+                {
                     return Err(Status::failed_precondition("not what was staged"));
                 }
                 *switched = true;

@@ -8,6 +8,7 @@ use std::{
 };
 
 use gateway_ebpf::{Link, NETWORKS, Network, Router, SWITCHES, SwitchWord, User, UserWord, words::Selector};
+use handover_api::users;
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -277,7 +278,8 @@ impl Table {
             }
             users.sort_unstable();
             let state = s.switched.map_or(State::Staged, State::Switched);
-            let switch = Switch { index: s.index, generation: s.generation, from, to, users, state };
+            let digest = users::digest(&users);
+            let switch = Switch { index: s.index, generation: s.generation, from, to, users, digest, state };
             table.generation = table.generation.max(s.generation);
             table.switches.insert(migration, switch);
         }

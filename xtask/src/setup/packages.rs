@@ -8,7 +8,7 @@ use super::{is_root, say};
 use crate::command::{command, output, run};
 
 /// A package and why it is needed.
-const PACKAGES: [(&str, &str); 8] = [
+const PACKAGES: [(&str, &str); 9] = [
     ("gcc", "builds the embedded SQLite and TLS primitives"),
     ("libc6-dev", "the same"),
     ("pkg-config", "finds the libraries below"),
@@ -17,6 +17,7 @@ const PACKAGES: [(&str, &str); 8] = [
     ("iproute2", "the lab's links and addresses"),
     ("redis-server", "a real service to migrate"),
     ("nginx", "a real service to migrate"),
+    ("openvswitch-switch", "what the benchmarks compare with"),
 ];
 
 /// Where Debian's invoke-rc.d asks whether a service may be started; exit code 101 says no.

@@ -1,0 +1,8 @@
+//! The programs' rules: `access` and `wan` are the way of a frame, the others what they are made of.
+
+pub mod access;
+pub mod maps;
+pub mod neighbour;
+pub mod tags;
+pub mod wan;
+pub mod watch;

@@ -16,7 +16,7 @@ use crate::{
     controller::Controller,
     driver::Clock,
     inventory::Target,
-    patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
+    patience::{Asking, Confirming, PREFLIGHT, attempt},
     peers::{self, Kind},
     session::{
         Command, Event, Finding, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
@@ -162,14 +162,14 @@ impl Call {
     /// After the decision: until it is confirmed.
     async fn confirm(&self, migration: String) -> Event {
         let mut confirming = Confirming::new(&self.command);
-        let began = Instant::now();
+        let (began, limit) = (Instant::now(), self.limit());
         loop {
             let sent_us = self.clock.now_us();
-            let answer = timeout(CONFIRM, self.confirm_once(&migration, sent_us)).await;
+            let answer = timeout(limit, self.confirm_once(&migration, sent_us)).await;
             let reason = match answer {
                 Ok(Ok(event)) => return event,
                 Ok(Err(status)) => peers::words(&status),
-                Err(_) => format!("no answer within {}", seconds(CONFIRM)),
+                Err(_) => format!("no answer within {} ms", limit.as_millis()),
             };
             let (tell, wait) = confirming.failed(began.elapsed());
             if tell {
@@ -183,16 +183,20 @@ impl Call {
         }
     }
 
+    fn limit(&self) -> Duration {
+        attempt(&self.command, self.resolved)
+    }
+
     async fn confirm_once(&self, migration: &str, sent_us: u64) -> Result<Event, Status> {
         let migration = migration.to_owned();
         Ok(match &self.command {
             Command::Resume => {
-                let request = with_deadline(v1::ResumeRequest { migration }, CONFIRM);
+                let request = with_deadline(v1::ResumeRequest { migration }, self.limit());
                 let r = self.migrator(&self.plan.to)?.resume(request).await?.into_inner();
                 Event::Resumed { pid: r.pid, sent_us }
             }
             Command::End => {
-                self.source()?.end(with_deadline(v1::EndRequest { migration }, CONFIRM)).await?;
+                self.source()?.end(with_deadline(v1::EndRequest { migration }, self.limit())).await?;
                 Event::Ended { sent_us }
             }
             Command::Finish(gateway) => {
@@ -203,7 +207,7 @@ impl Call {
                 let alive = match participant {
                     Participant::Gateway(g) => {
                         let request = v1::AbortSwitchRequest { migration };
-                        self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        self.gateway(g)?.abort(with_deadline(request, self.limit())).await?;
                         if self.resolved {
                             // one that was started again after COMMIT has been told the new network
                             let back = format!("{}-back", self.plan.id);
@@ -214,7 +218,7 @@ impl Call {
                     Participant::Source | Participant::Destination => {
                         let side =
                             if *participant == Participant::Source { &self.plan.from } else { &self.plan.to };
-                        let request = with_deadline(v1::AbortMigrationRequest { migration }, CONFIRM);
+                        let request = with_deadline(v1::AbortMigrationRequest { migration }, self.limit());
                         self.migrator(side)?.abort(request).await?.into_inner().alive
                     }
                 };
@@ -231,7 +235,7 @@ impl Call {
         let plan = &self.plan;
         let again = format!("{}-again", plan.id);
         let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
-        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?;
+        self.gateway(gateway)?.finish(with_deadline(request, self.limit())).await?;
         self.see_users_on(gateway, &plan.to.network, &again).await
     }
 
@@ -251,7 +255,7 @@ impl Call {
             from_network: from,
             to_network: network.to_owned(),
         };
-        let staged = client.stage(with_deadline(request, CONFIRM)).await?.into_inner();
+        let staged = client.stage(with_deadline(request, self.limit())).await?.into_inner();
         let request = v1::SwitchRequest {
             migration: again.to_owned(),
             switch: staged.switch,
@@ -260,7 +264,7 @@ impl Call {
             to_network: network.to_owned(),
             users_digest: users::digest(&users).into(),
         };
-        client.switch(with_deadline(request, CONFIRM)).await?;
+        client.switch(with_deadline(request, self.limit())).await?;
         self.finish_again(gateway, again).await?;
         match self.strayed(gateway, network, &self.status(gateway).await?) {
             None => Ok(()),
@@ -272,13 +276,13 @@ impl Call {
 
     async fn finish_again(&self, gateway: &str, again: &str) -> Result<(), Status> {
         let request = v1::FinishSwitchRequest { migration: again.to_owned() };
-        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await.map(|_| ())
+        self.gateway(gateway)?.finish(with_deadline(request, self.limit())).await.map(|_| ())
     }
 
     /// What a gateway that knows the inventory of now is doing.
     async fn status(&self, gateway: &str) -> Result<v1::GatewayStatus, Status> {
         self.controller.configure(gateway).await.map_err(Status::unavailable)?;
-        let request = with_deadline(v1::GatewayStatusRequest {}, CONFIRM);
+        let request = with_deadline(v1::GatewayStatusRequest {}, self.limit());
         Ok(self.gateway(gateway)?.status(request).await?.into_inner())
     }
 

@@ -11,6 +11,7 @@ pub mod destination;
 pub mod error;
 pub mod fence;
 pub mod freezer;
+pub mod local;
 pub mod machine;
 pub mod node;
 pub mod preflight;

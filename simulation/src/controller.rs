@@ -13,7 +13,7 @@ use std::{
 use handover_api::v1;
 use handover_controller::{
     inventory::{self, Inventory},
-    patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
+    patience::{Asking, Confirming, PREFLIGHT, attempt},
     session::{
         Command, Decision, Entry, Event, Finding, Outcome, Participant, Policy, Session, Severity, Step,
         Ticket, Vote,
@@ -527,7 +527,7 @@ impl Sim {
 
     fn begin(&mut self, id: &str, command: Command) {
         let Some(plan) = self.session(id).map(|s| Arc::clone(&s.plan)) else { return };
-        let task = self.controller.id();
+        let (task, limit) = (self.controller.id(), attempt(&command, false));
         let (phase, patience) = match &command {
             Command::Check if plan.gateways.is_empty() => (Phase::LookSource, Patience::Check),
             Command::Check => (Phase::GatewayStatus(0), Patience::Check),
@@ -546,7 +546,7 @@ impl Sim {
                 session: id.into(),
                 command,
                 began: self.now,
-                end: self.now + us(CONFIRM),
+                end: self.now + us(limit),
                 phase,
                 patience,
                 errors: 0,
@@ -558,7 +558,7 @@ impl Sim {
 
     pub(crate) fn ask_again(&mut self, task: TaskId) {
         if let Some(t) = self.controller.tasks.get_mut(&task) {
-            t.end = self.now + us(CONFIRM);
+            t.end = self.now + us(attempt(&t.command, false));
             t.phase = Phase::Single;
             self.ask(task);
         }

@@ -588,10 +588,29 @@ impl Sim {
             Ev::Heal => {
                 self.note(|| "no more faults".into());
                 self.partitions.clear();
+                self.nothing_is_late_any_more();
                 for node in self.nodes() {
                     self.start(node);
                 }
                 self.healed = Some(self.now);
+            }
+        }
+    }
+
+    /// A network that has healed holds nothing back: what is still under way arrives, and what was lost is known to be, as
+    /// soon as the kernel sends again.
+    fn nothing_is_late_any_more(&mut self) {
+        let late = self.now + 400 * MS;
+        let held: Vec<_> = self
+            .queue
+            .iter()
+            .filter(|((at, _), ev)| *at > late && matches!(ev, Ev::Deliver { .. } | Ev::Reply { .. }))
+            .map(|(key, _)| *key)
+            .collect();
+        for key in held {
+            let at = self.now + self.rng.range(MS, 400 * MS);
+            if let Some(event) = self.queue.remove(&key) {
+                self.queue.insert((at, key.1), event);
             }
         }
     }

@@ -116,8 +116,12 @@ pub enum Harm {
 
 impl Harm {
     /// All kills.
-    pub const KILLS: [Self; 4] =
-        [Self::Kill(Who::Controller), Self::Kill(Who::Source), Self::Kill(Who::Destination), Self::Kill(Who::Gateway)];
+    pub const KILLS: [Self; 4] = [
+        Self::Kill(Who::Controller),
+        Self::Kill(Who::Source),
+        Self::Kill(Who::Destination),
+        Self::Kill(Who::Gateway),
+    ];
     /// All cuts.
     pub const CUTS: [Self; 5] = [
         Self::Control(Who::Controller),
@@ -164,7 +168,8 @@ impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ms = |d: Duration| d.as_millis();
         let at = format!("{:?}", self.at).to_lowercase();
-        let failed = if self.failed_step.is_empty() { String::new() } else { format!(" ({})", self.failed_step) };
+        let failed =
+            if self.failed_step.is_empty() { String::new() } else { format!(" ({})", self.failed_step) };
         let undone = self.undone.map_or_else(|| "-".into(), |d| format!("{} ms", ms(d)));
         write!(
             f,
@@ -187,8 +192,8 @@ pub struct Faults {
     requests: u32,
 }
 
-/// One migration on its way to a step.
-struct Led<'a> {
+/// One migration of the film on its way to a step.
+pub struct Led<'a> {
     play: &'a Play,
     id: String,
     from: Site,
@@ -260,7 +265,7 @@ impl Faults {
         let watch = Watch::start(&self.play, self.at)?;
         self.requests += 1;
         let id = format!("film-{}", self.requests);
-        let mut led = Led::start(&self.play, id.clone(), self.at, at)?;
+        let mut led = Led::start(&self.play, id.clone(), self.at, at, &[])?;
         led.lead(at)?;
         let (from, marks) = (self.at, led.marks.clone());
         let who = |w: Who| match w {
@@ -287,10 +292,15 @@ impl Faults {
             }
             Harm::Control(_) | Harm::Migration => {
                 let log = &self.play.topology.daemon("control")?.log;
-                let noticed = ["event=\"failed\"", "event=\"unconfirmed\"", "\"completed\"", "\"refused\"", "\"rolled-back\""];
+                let noticed = [
+                    "event=\"failed\"",
+                    "event=\"unconfirmed\"",
+                    "\"completed\"",
+                    "\"refused\"",
+                    "\"rolled-back\"",
+                ];
                 log.wait_for(noticed_from, SOON, |l| {
-                    (of_session(l, &id) && noticed.iter().any(|n| l.contains(n)))
-                        || l.contains("peer") && l.contains("reachable=false")
+                    of_session(l, &id) && noticed.iter().any(|n| l.contains(n))
                 })
                 .context("the controller takes no notice")?;
                 match harm {
@@ -300,7 +310,7 @@ impl Faults {
             }
         }
         let healed = Instant::now();
-        let session = self.settled(&id)?;
+        let session = self.play.settled(&id)?;
         let place = match session.outcome.as_str() {
             "completed" => from.other(),
             "rolled-back" | "refused" => from,
@@ -334,27 +344,6 @@ impl Faults {
 
     fn migration_link(&self, state: &str) -> anyhow::Result<()> {
         self.play.topology.server(Site::Backup)?.ip(&format!("link set mig0 {state}"))
-    }
-
-    /// Waits until the session is over and all have confirmed; looks again whenever the controller says something of it.
-    fn settled(&self, id: &str) -> anyhow::Result<Session> {
-        let log = &self.play.topology.daemon("control")?.log;
-        let deadline = Instant::now() + SOON;
-        let mut last = None;
-        loop {
-            let from = log.len();
-            let shown = self.play.topology.handover(["-o", "json", "sessions", "show", id])?;
-            if shown.ended.success() {
-                let session: Session = serde_json::from_str(&shown.stdout)?;
-                if session.outcome != "running" && session.outcome != "needs-operator" && session.pending.is_empty() {
-                    return Ok(session);
-                }
-                last = Some(session);
-            }
-            let left = deadline.saturating_duration_since(Instant::now());
-            log.wait_for(from, left, |l| l.contains(id))
-                .with_context(|| format!("session {id} does not settle: {last:?}"))?;
-        }
     }
 
     /// Everybody is where the session says, one copy, and nothing is left over.
@@ -419,8 +408,41 @@ impl Faults {
     }
 }
 
+impl Play {
+    /// Waits until the session is over and all have confirmed; looks again whenever the controller says something of it.
+    ///
+    /// # Errors
+    /// If it is not in time, with what is known of it.
+    pub fn settled(&self, id: &str) -> anyhow::Result<Session> {
+        let log = &self.topology.daemon("control")?.log;
+        let deadline = Instant::now() + SOON;
+        let mut last = None;
+        loop {
+            let from = log.len();
+            let shown = self.topology.handover(["-o", "json", "sessions", "show", id])?;
+            if shown.ended.success() {
+                let session: Session = serde_json::from_str(&shown.stdout)?;
+                if session.outcome != "running"
+                    && session.outcome != "needs-operator"
+                    && session.pending.is_empty()
+                {
+                    return Ok(session);
+                }
+                last = Some(session);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            log.wait_for(from, left, |l| l.contains(id))
+                .with_context(|| format!("session {id} does not settle: {last:?}"))?;
+        }
+    }
+}
+
 impl<'a> Led<'a> {
-    fn start(play: &'a Play, id: String, from: Site, at: At) -> anyhow::Result<Self> {
+    /// Asks for the migration, away from `from`; `id` is the name that its session will have.
+    ///
+    /// # Errors
+    /// If it cannot be asked for.
+    pub fn start(play: &'a Play, id: String, from: Site, at: At, more: &[&str]) -> anyhow::Result<Self> {
         let topology = &play.topology;
         let mut marks = BTreeMap::new();
         for host in DAEMONS {
@@ -431,7 +453,7 @@ impl<'a> Led<'a> {
         let pid = topology.daemon(first)?.process.pid();
         topology.lab().host(first)?.signal(pid, Signal::SIGSTOP)?;
         let migration = topology
-            .start_migration(App::Film, from.other())
+            .start_migration_with(App::Film, from.other(), more)
             .with_context(|| format!("on the way to {at:?}"))?;
         Ok(Self { play, id, from, migration, marks, stopped: vec![(first, pid)] })
     }
@@ -508,8 +530,11 @@ impl<'a> Led<'a> {
         self.go(host, &[pid])
     }
 
-    /// See the table at the top.
-    fn lead(&mut self, at: At) -> anyhow::Result<()> {
+    /// Leads it there; see the table at the top.
+    ///
+    /// # Errors
+    /// If it does not get there.
+    pub fn lead(&mut self, at: At) -> anyhow::Result<()> {
         let (source, destination) = (self.source(), self.destination());
         self.session("session requested")?;
         if at == At::Preflight {
@@ -596,7 +621,10 @@ impl<'a> Led<'a> {
     }
 
     /// Lets everybody go who is still there.
-    fn let_go(self) -> anyhow::Result<Migration> {
+    ///
+    /// # Errors
+    /// Never, in a whole topology.
+    pub fn let_go(self) -> anyhow::Result<Migration> {
         for (host, pid) in &self.stopped {
             // one that was killed has gone
             let _ = self.host(host)?.signal(*pid, Signal::SIGCONT);
@@ -625,7 +653,9 @@ fn undoing(log: &Lines, mark: usize, id: &str) -> Option<Duration> {
     let text = log.text();
     let named = format!("\"{id}\"");
     let mut lines = text.lines().skip(mark).filter(|l| l.contains(&named));
-    let noticed = lines.find(|l| l.contains(" undoing ") || l.contains("the service goes on here")).and_then(time_of)?;
+    let noticed = lines
+        .find(|l| l.contains(" undoing ") || l.contains("the service goes on here"))
+        .and_then(time_of)?;
     let done = lines.find(|l| l.contains("state=\"aborted\"")).and_then(time_of)?;
     Some(Duration::from_micros(done.saturating_sub(noticed)))
 }

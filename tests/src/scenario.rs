@@ -245,9 +245,18 @@ impl Topology {
     /// # Errors
     /// If it cannot be started.
     pub fn start_migration(&self, app: App, to: Site) -> anyhow::Result<Migration> {
+        self.start_migration_with(app, to, &[])
+    }
+
+    /// As [`Self::start_migration`], with more options.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_migration_with(&self, app: App, to: Site, more: &[&str]) -> anyhow::Result<Migration> {
         let program = self
             .handover_program()?
             .args(["-o", "json", "migrate", app.name(), "--to", to.name(), "--wait"])
+            .args(more)
             .stdio(Io::Null, Io::Pipe, Io::Pipe);
         let mut process = self.control.spawn(&program)?;
         let lines = |pipe: Option<std::fs::File>| pipe.map(Lines::collect).unwrap_or_default();

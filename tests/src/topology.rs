@@ -111,6 +111,9 @@ pub enum App {
 }
 
 impl App {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Film, Self::Redis, Self::Nginx];
+
     /// Its name in the inventory.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -285,12 +288,23 @@ impl Topology {
         init_authority(&authority)?;
         let criu = workspace().join(".tools/bin/criu");
         ensure!(criu.is_file(), "no CRIU at {}: run `cargo xtask setup`", criu.display());
+        let services: String = App::ALL
+            .iter()
+            .map(|app| {
+                format!(
+                    "[[service]]\nname = \"{}\"\naddress = \"{V}\"\ntarget = {{ command = \"{}\" }}\n",
+                    app.name(),
+                    app.pattern()
+                )
+            })
+            .collect();
         let migrator = |site: Site, last: u8| -> anyhow::Result<_> {
             let (host, name) = (self.server(site)?, site.server());
             let config = format!(
                 "listen = \"10.255.0.{last}:7443\"\nmigration_listen = \"10.254.0.{last}:7444\"\n\
                  interface = \"service0\"\nstate_dir = \"/var/lib/handover-migrator\"\n\
-                 image_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\ncgroup = \"{}\"\n",
+                 image_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\ncgroup = \"{}\"\n\
+                 socket = \"/run/handover/migrator.sock\"\n{services}",
                 criu.display(),
                 host.cgroup().join("handover").display()
             );
@@ -318,13 +332,7 @@ impl Topology {
             migrator(Site::Backup, 6)?,
         ];
         if self.layout.second_gateway {
-            daemons.push((
-                self.lab.host("gateway2")?,
-                Role::Gateway,
-                "gw2",
-                "gateway",
-                gateway("gw2", 3),
-            ));
+            daemons.push((self.lab.host("gateway2")?, Role::Gateway, "gw2", "gateway", gateway("gw2", 3)));
         }
         for (host, role, name, daemon, config) in daemons {
             let files = issue(&authority, &authority, role, name)?;
@@ -558,6 +566,14 @@ target = {{ command = "{}" }}
     /// # Errors
     /// If it is not served.
     pub fn start_client(&self, service: &Service) -> anyhow::Result<Client> {
+        self.start_client_on(&self.taro, service)
+    }
+
+    /// As [`Self::start_client`], on another user's host.
+    ///
+    /// # Errors
+    /// If it is not served.
+    pub fn start_client_on(&self, user: &Host, service: &Service) -> anyhow::Result<Client> {
         let server = format!("{V}:{}", service.app.port());
         let program = match (service.app, &service.file) {
             (App::Film, _) => Program::new(program("film-viewer")?).args([server]),
@@ -572,7 +588,7 @@ target = {{ command = "{}" }}
             ]),
             (App::Nginx, None) => bail!("nginx has no file to serve"),
         };
-        let mut process = self.taro.spawn(&program.stdio(Io::Pipe, Io::Pipe, Io::Null))?;
+        let mut process = user.spawn(&program.stdio(Io::Pipe, Io::Pipe, Io::Null))?;
         let lines = process.stdout.take().map(Lines::collect).unwrap_or_default();
         let mut client = Client { app: service.app, process, lines, read: 0, last: None };
         let first = client.more(1)?;

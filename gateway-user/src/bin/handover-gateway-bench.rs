@@ -31,6 +31,7 @@ use handover_api::v1;
 use handover_gateway::{
     desired::Desired,
     fuzz::{self, Harness, Random},
+    hold::Bounds,
     mac::Mac,
     plane::{Options, Plane, Side, grace_period},
     table::{ACCESS_PORT, StageAnswer, StageStep, SwitchStep, Table, Write},
@@ -290,8 +291,12 @@ struct Bench {
 
 impl Bench {
     fn new(users: u32) -> anyhow::Result<Self> {
-        let mut plane = Plane::load(&Options { max_users: users, virtual_router_mac: VIRTUAL_ROUTER })
-            .context("the benchmark loads the real programs")?;
+        let mut plane = Plane::load(&Options {
+            max_users: users,
+            virtual_router_mac: VIRTUAL_ROUTER,
+            hold: Bounds::default(),
+        })
+        .context("the benchmark loads the real programs")?;
         for side in [Side::Access, Side::Wan] {
             plane.set_port(side, LOOPBACK, 1514)?;
         }

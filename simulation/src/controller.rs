@@ -32,7 +32,7 @@ use crate::{
 pub(crate) type TaskId = u64;
 
 /// How often peers are asked, and for how long.
-const ASK_EVERY: u64 = S;
+const ASK_EVERY: u64 = S / 2;
 const ASK: u64 = 3 * S;
 const VIRTUAL_ROUTER: Mac = Mac([2, 0x48, 0x4f, 0, 0, 1]);
 

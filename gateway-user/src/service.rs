@@ -809,6 +809,7 @@ impl gateway_server::Gateway for Gateway {
             attach_mode: "native".into(),
         };
         let counters = core.plane.counters().map_err(|e| internal(&e))?;
+        let (bounds, held_bytes) = core.plane.holds().usage();
         let copies = self.0.copies.each_ref().map(|copies| copies.load(Ordering::Relaxed));
         Ok(Response::new(v1::GatewayStatus {
             name: self.0.name.clone(),
@@ -859,6 +860,11 @@ impl gateway_server::Gateway for Gateway {
                 .chain(GROUP_COUNTERS.into_iter().zip(copies))
                 .map(|(name, frames)| v1::Counter { name: name.into(), frames })
                 .collect(),
+            hold: Some(v1::HoldMemory {
+                memory_bytes: bounds.memory.into(),
+                per_user_bytes: bounds.per_user,
+                held_bytes,
+            }),
             pin_dir: self.0.pin_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
         }))
     }

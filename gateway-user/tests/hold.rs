@@ -17,9 +17,26 @@ use std::{
     time::{Duration, Instant},
 };
 
-use common::lab::*;
+use common::{HANAKO, ROUTER1, TARO, VIRTUAL, lab::*, user};
+use gateway_ebpf::{
+    Load, SwitchWord,
+    words::{Phase, Selector},
+};
 use handover_api::v1;
-use nix::sys::socket::{setsockopt, sockopt::RcvBufForce};
+use handover_gateway::{
+    desired::Desired,
+    hold::Bounds,
+    link::Link,
+    onward::Marker,
+    plane::{Options, Plane, Side, grace_period},
+    release::Releaser,
+    table::{Table, Write},
+};
+use nix::sys::{
+    signal::Signal,
+    socket::{setsockopt, sockopt::RcvBufForce},
+};
+use tonic::Code;
 
 /// The service's address v.
 const V: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
@@ -236,9 +253,18 @@ fn assert_clean(figures: &v1::HoldFigures) {
     assert!(*figures == clean && frames > 0 && bytes > frames && release_us > 0, "{figures:?}");
 }
 
+/// The two ways a frame from a socket takes into a veth's peer: the CPU's backlog, or, beside redirected frames, the queue of
+/// the peer's NAPI (without segmentation offload there is something to gain by that, says the driver).
 #[test]
 fn a_stream_through_hold_switch_and_finish_is_whole() {
+    for segmentation in ["on", "off"] {
+        whole_stream(segmentation);
+    }
+}
+
+fn whole_stream(segmentation: &str) {
     let lab = lab(false);
+    lab.gateway.sh(&format!("ethtool -K wan0 tso {segmentation} gso {segmentation}"));
     let _daemon = lab.start();
     let staged = staged(&lab);
     let capture = Capture::start(&lab);
@@ -298,4 +324,297 @@ fn an_abort_releases_into_the_old_network() {
         let all = capture.end(sent + 1);
         assert_eq!(assert_whole(&all, TARO_IP, sent), [(0, 0)], "it never left the old network");
     }
+}
+
+#[test]
+fn what_a_killed_daemon_held_its_successor_releases() {
+    let lab = lab(true);
+    let daemon = lab.start();
+    let staged = staged(&lab);
+    let capture = Capture::start(&lab);
+    let stream = Numbers::start(&lab, TARO_IP);
+    hold(&lab, hold_of(&staged, "m"));
+    stream.goes_on(3000);
+    daemon.kill();
+    stream.goes_on(3000);
+    let daemon = lab.start();
+    let status = lab.status().switches.remove(0);
+    assert_eq!((status.phase.as_str(), status.state.as_str()), ("hold", "staged"));
+    assert!(status.held.unwrap().frames >= 6000, "{status:?}");
+    // the answer may have been lost with it
+    assert!(hold(&lab, hold_of(&staged, "m")).marker_sent);
+    switch(&lab, &staged, "m");
+    daemon.kill();
+    stream.goes_on(3000);
+    let _daemon = lab.start();
+    assert_eq!(
+        (lab.status().switches[0].phase.as_str(), lab.status().switches[0].state.as_str()),
+        ("hold", "switched")
+    );
+    let figures = finish(&lab, "m");
+    assert_clean(&figures);
+    assert!(figures.frames >= 9000, "{figures:?}");
+    stream.goes_on(3000);
+    let sent = stream.end();
+    let changes = assert_whole(&capture.end(sent + 2), TARO_IP, sent);
+    assert_eq!(changes.iter().map(|c| c.1).collect::<Vec<_>>(), [0, 2]);
+}
+
+#[test]
+fn what_was_in_the_hands_of_a_killed_daemon_is_counted_as_lost_and_holds_nobody_up() {
+    let lab = lab(true);
+    let daemon = lab.start();
+    let staged = staged(&lab);
+    let capture = Capture::start(&lab);
+    let stream = Numbers::start(&lab, TARO_IP);
+    hold(&lab, hold_of(&staged, "m"));
+    stream.goes_on(3000);
+    daemon.kill();
+    // as if it had taken them to send them
+    let taken = lab.at_pins(|| {
+        let data = aya::maps::MapData::from_pin(std::path::Path::new(PIN_DIR).join("map-FRAMES")).unwrap();
+        let mut ring = aya::maps::RingBuf::try_from(aya::maps::Map::from_map_data(data).unwrap()).unwrap();
+        (0..1000).filter(|_| ring.next().is_some()).count() as u64
+    });
+    assert_eq!(taken, 1000);
+    let _daemon = lab.start();
+    switch(&lab, &staged, "m");
+    stream.goes_on(3000);
+    let figures = finish(&lab, "m");
+    assert_eq!((figures.lost, figures.late), (taken, 0), "{figures:?}");
+    stream.goes_on(3000);
+    let sent = stream.end();
+    let own = numbers(&capture.end(sent - taken + 1), TARO_IP);
+    let odd: Vec<_> = own.windows(2).filter(|w| w[1].number != w[0].number + 1).collect();
+    let [gap] = odd[..] else { panic!("{odd:?}") };
+    assert_eq!(gap[1].number - gap[0].number - 1, taken, "these and no others");
+    assert_eq!(own.len() as u64, sent - taken);
+}
+
+#[test]
+fn after_the_deadline_frames_flow_without_the_daemon() {
+    let lab = lab(false);
+    let daemon = lab.start();
+    let staged = staged(&lab);
+    let capture = Capture::start(&lab);
+    let stream = Numbers::start(&lab, TARO_IP);
+    hold(&lab, v1::HoldRequest { deadline_ms: 300, ..hold_of(&staged, "m") });
+    switch(&lab, &staged, "m");
+    daemon.signal(Signal::SIGSTOP);
+    let (begun, seen) = (Instant::now(), capture.seen.load(Ordering::Relaxed));
+    while capture.seen.load(Ordering::Relaxed) < seen + 1000 {
+        assert!(begun.elapsed() < PATIENCE, "nothing flows although the deadline has passed");
+        stream.goes_on(10);
+    }
+    daemon.signal(Signal::SIGCONT);
+    let figures = finish(&lab, "m");
+    // what was kept comes after what was not, and is counted as that
+    assert!(figures.frames > 0 && figures.late == figures.frames && figures.lost == 0, "{figures:?}");
+    let counters = lab.status().counters;
+    let expired = counters.iter().find(|c| c.name == "access_hold_expired").unwrap();
+    assert!(expired.frames >= 1000, "{expired:?}");
+    stream.goes_on(1000);
+    let sent = stream.end();
+    let mut own: Vec<u64> = numbers(&capture.end(sent + 1), TARO_IP).iter().map(|o| o.number).collect();
+    own.sort_unstable();
+    assert!(own.iter().copied().eq(0..sent), "nothing is lost or sent twice: {} of {sent}", own.len());
+}
+
+#[test]
+fn two_switches_are_held_and_released_each_for_itself() {
+    let lab = lab(false);
+    let hanako_ip = Ipv4Addr::new(10, 1, 0, 101);
+    lab.taro.sh("ip link add link eth0 name mac0 type macvlan mode bridge");
+    let _daemon = lab.start();
+    let mut request = configuration();
+    request.users.push(user("hanako", HANAKO, "10.1.0.101", "flat"));
+    lab.call(async |mut gateway| gateway.configure(request).await.unwrap());
+    lab.taro.sh(&format!("ip link set mac0 address {HANAKO} up"));
+    lab.taro.sh(&format!("ip address add {hanako_ip}/32 dev mac0"));
+    lab.taro.sh(&format!("ip route add {R} dev mac0 src {hanako_ip} table 7"));
+    lab.taro.sh(&format!("ip route add {V} via {R} dev mac0 src {hanako_ip} table 7"));
+    lab.taro.sh(&format!("ip rule add from {hanako_ip} lookup 7"));
+    let wire = Wire::new(&lab.router);
+    assert!(lab.echo());
+    let stage_of = |name: &str, migration: &str| {
+        let request = v1::StageRequest { users: vec![name.into()], ..stage(migration, "net2") };
+        lab.call(async |mut gateway| gateway.stage(request).await.unwrap().into_inner())
+    };
+    let (first, second) = (stage_of("taro", "m1"), stage_of("hanako", "m2"));
+    drop(wire);
+    let capture = Capture::start(&lab);
+    let streams = [Numbers::start(&lab, TARO_IP), Numbers::start(&lab, hanako_ip)];
+    let go_on = || streams.iter().for_each(|stream| stream.goes_on(2000));
+
+    hold(&lab, hold_of(&first, "m1"));
+    go_on();
+    hold(&lab, v1::HoldRequest { marker: None, ..hold_of(&second, "m2") });
+    go_on();
+    // hanako's are between taro's, and are released while taro's are not
+    let seen = capture.seen.load(Ordering::Relaxed);
+    let aborted = abort(&lab, "m2").held.unwrap();
+    assert_clean(&aborted);
+    go_on();
+    assert!(capture.seen.load(Ordering::Relaxed) > seen);
+    assert_eq!(lab.status().switches[0].phase, "hold");
+    switch(&lab, &first, "m1");
+    go_on();
+    assert_clean(&finish(&lab, "m1"));
+    go_on();
+    let [taro, hanako] = streams.map(Numbers::end);
+    let all = capture.end(taro + hanako + 1);
+    let changes = assert_whole(&all, TARO_IP, taro);
+    assert_eq!(changes.iter().map(|c| c.1).collect::<Vec<_>>(), [0, 2]);
+    assert_eq!(assert_whole(&all, hanako_ip, hanako), [(0, 0)]);
+}
+
+#[test]
+fn bad_holds_are_refused_naming_thing_and_value_and_hold_nothing() {
+    let lab = lab(false);
+    let _daemon = lab.start();
+    let staged = staged(&lab);
+    let good = hold_of(&staged, "m");
+    let refused = |request: v1::HoldRequest| {
+        let status = lab.call(async |mut gateway| gateway.hold(request).await.unwrap_err());
+        assert_eq!(lab.status().switches[0].phase, "forward");
+        (status.code(), status.message().to_string())
+    };
+    let port = |port| Some(v1::Marker { port, nonce: 0 });
+    for (request, code, named) in [
+        (
+            v1::HoldRequest { address: "2001:db8::1".into(), ..good.clone() },
+            Code::InvalidArgument,
+            "2001:db8::1",
+        ),
+        (v1::HoldRequest { address: String::new(), ..good.clone() }, Code::InvalidArgument, "IPv4"),
+        (v1::HoldRequest { deadline_ms: 0, ..good.clone() }, Code::InvalidArgument, "deadline_ms = 0"),
+        (v1::HoldRequest { deadline_ms: u64::MAX, ..good.clone() }, Code::InvalidArgument, "3600000"),
+        (v1::HoldRequest { marker: port(0), ..good.clone() }, Code::InvalidArgument, "marker.port = 0"),
+        (v1::HoldRequest { marker: port(65_536), ..good.clone() }, Code::InvalidArgument, "65536"),
+        (v1::HoldRequest { migration: "other".into(), ..good.clone() }, Code::FailedPrecondition, "`other`"),
+        (v1::HoldRequest { generation: 77, ..good.clone() }, Code::FailedPrecondition, "generation"),
+    ] {
+        let (is, message) = refused(request);
+        assert!(is == code && message.contains(named), "{is:?} {message}");
+    }
+    switch(&lab, &staged, "m");
+    let (code, message) = refused(good);
+    assert!(code == Code::FailedPrecondition && message.contains("is switched"), "{message}");
+    let request = v1::FinishSwitchRequest { migration: "m".into() };
+    let finished = lab.call(async |mut gateway| gateway.finish(request).await.unwrap().into_inner());
+    assert_eq!(finished.held, None, "nothing was held");
+}
+
+#[test]
+fn a_daemon_killed_while_it_releases_sends_nothing_twice_and_its_successor_the_rest() {
+    let lab = lab(true);
+    let daemon = lab.start();
+    let staged = staged(&lab);
+    let capture = Capture::start(&lab);
+    let stream = Numbers::start(&lab, TARO_IP);
+    hold(&lab, hold_of(&staged, "m"));
+    stream.goes_on(30_000);
+    switch(&lab, &staged, "m");
+    let seen = capture.seen.load(Ordering::Relaxed);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let request = v1::FinishSwitchRequest { migration: "m".into() };
+            // killed in the middle, it gives no answer
+            lab.call(async |mut gateway| gateway.finish(request).await).map(|_| ()).unwrap_or_default();
+        });
+        while capture.seen.load(Ordering::Relaxed) < seen + 100 {
+            std::hint::spin_loop();
+        }
+        daemon.kill();
+    });
+    let _daemon = lab.start();
+    assert_eq!(lab.status().switches[0].phase, "drain");
+    let figures = finish(&lab, "m");
+    println!("{figures:?}");
+    assert_eq!((figures.late, figures.dropped_memory, figures.dropped_user_bound), (0, 0, 0));
+    stream.goes_on(2000);
+    let sent = stream.end();
+    let own = numbers(&capture.end(sent - figures.lost + 1), TARO_IP);
+    assert!(own.windows(2).all(|w| w[0].number < w[1].number), "once and in order");
+    // a batch may have left although nobody was there any more to count it
+    let missing = sent - own.len() as u64;
+    assert!(missing <= figures.lost && figures.lost <= 64, "{missing} missing, {figures:?}");
+    assert!(figures.frames >= 20_000, "{figures:?}");
+}
+
+#[test]
+fn no_frame_is_under_way_past_the_marker_however_often_and_fast() {
+    const HOLDS: u64 = 1000;
+    let lab = lab(false);
+    lab.gateway.run(|| {
+        // the daemon's parts without the daemon
+        let options = Options { max_users: 16, virtual_router_mac: VIRTUAL, hold: Bounds::default() };
+        let mut plane = Plane::load(&options).unwrap();
+        let wan = Link::open("wan0").unwrap();
+        for (side, link) in [(Side::Wan, &wan), (Side::Access, &Link::open("access0").unwrap())] {
+            plane.set_port(side, link.index, 1514).unwrap();
+            plane.attach(side, &link.name, link.index).unwrap();
+        }
+        let releaser = Releaser::open(Arc::clone(plane.holds()), VIRTUAL, &wan).unwrap();
+        let mut request = configuration();
+        request.networks[0].router_mac = Some(ROUTER1.to_string());
+        let desired = Desired::new(&request, VIRTUAL).unwrap();
+        let (mut table, writes, _) = Table::new(16).configured(&desired).unwrap();
+        plane.apply(&writes).unwrap();
+        table.stage_begin("m", &["taro".to_string()], "flat", "net2").unwrap();
+        let (writes, staged) = table.stage_write("m").unwrap();
+        plane.apply(&writes).unwrap();
+        grace_period().unwrap();
+
+        let capture = Capture::start(&lab);
+        let stream = Numbers::start(&lab, TARO_IP);
+        let holds = Arc::clone(plane.holds());
+        let mut phase = |phase| {
+            let word = SwitchWord::new(Selector::A, phase, staged.generation);
+            plane.apply(&[Write::Switch { index: staged.switch, word }]).unwrap();
+        };
+        let mut first_held = Vec::new();
+        let mut held = 0;
+        for number in 0..HOLDS {
+            // in the middle of them, wherever that is
+            let (before, turns) = (stream.sent.load(Ordering::Relaxed), number % 50 * 40);
+            while stream.sent.load(Ordering::Relaxed) < before + 3 {
+                std::hint::spin_loop();
+            }
+            (0..turns).for_each(|_| std::hint::spin_loop());
+            holds.begin(staged.switch, V, u64::MAX);
+            phase(Phase::Hold);
+            holds.settle().unwrap();
+            let marker =
+                Marker { from: (TARO, TARO_IP), router: ROUTER1, vid: 0, to: (V, MARKER), nonce: number };
+            releaser.send(&marker.frame()).unwrap();
+            while holds.figures(staged.switch).frames < 3 {
+                thread::yield_now();
+            }
+            phase(Phase::Forward);
+            holds.settle().unwrap();
+            let numbers: Vec<u64> = std::iter::from_fn(|| holds.take())
+                .map(|(record, frame)| {
+                    holds.sent(record.slot(), Load::frame(frame.len() as u64));
+                    u64::from_be_bytes(frame[42..50].try_into().unwrap())
+                })
+                .collect();
+            held += numbers.len() as u64;
+            first_held.push(numbers[0]);
+        }
+        let sent = stream.end();
+        let all = capture.end(sent - held + HOLDS);
+        assert_eq!(all.len() as u64, sent - held + HOLDS, "every frame came out or was held");
+        // going back: the lowest number so far has come after all markers so far
+        let (mut lowest, mut late) = (u64::MAX, Vec::new());
+        for out in all.iter().rev() {
+            if out.port == NUMBERS {
+                lowest = lowest.min(out.number);
+            } else if lowest < first_held[out.number as usize] {
+                late.push((out.number, lowest, first_held[out.number as usize]));
+            }
+        }
+        assert_eq!(late, [], "(marker, a frame that came after it, the first that was held)");
+        println!("{HOLDS} holds in a stream of {sent} frames, {held} of them held");
+    });
 }

@@ -13,6 +13,7 @@ pub mod fence;
 pub mod freezer;
 pub mod local;
 pub mod machine;
+pub mod marker;
 pub mod node;
 pub mod preflight;
 pub mod process;

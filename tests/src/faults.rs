@@ -457,7 +457,7 @@ impl<'a> Led<'a> {
         let pid = topology.daemon(first)?.process.pid();
         topology.lab().host(first)?.signal(pid, Signal::SIGSTOP)?;
         let migration = topology
-            .start_migration_with(App::Film, from.other(), more)
+            .start_migration_with(App::Film, from.other(), &[&["--no-hold"], more].concat())
             .with_context(|| format!("on the way to {at:?}"))?;
         Ok(Self { play, id, from, migration, marks, stopped: vec![(first, pid)] })
     }

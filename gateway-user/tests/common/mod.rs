@@ -82,7 +82,11 @@ pub fn inventory() -> v1::ConfigureRequest {
 
 impl Rig {
     pub fn empty(max_users: u32) -> Self {
-        let mut plane = Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold: HELD })
+        Self::bounded(max_users, HELD)
+    }
+
+    pub fn bounded(max_users: u32, hold: Bounds) -> Self {
+        let mut plane = Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold })
             .expect("these tests need root");
         for side in [Side::Access, Side::Wan] {
             plane.set_port(side, LOOPBACK, 1514).unwrap();

@@ -18,12 +18,16 @@ use std::{
     time::Duration,
 };
 
+use hyper_util::client::legacy::connect::HttpConnector;
 use tonic::{
     Request, Status,
     transport::{
         Certificate, Channel, ClientTlsConfig, Endpoint, Identity, ServerTlsConfig, server::UdsConnectInfo,
     },
 };
+
+/// How long one attempt to connect may take; see [`Tls::endpoint`].
+const CONNECT: Duration = Duration::from_millis(750);
 
 /// What a holder of a certificate is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -182,7 +186,8 @@ impl Tls {
     }
 
     /// An endpoint for `role` `name` at `endpoint` (host:port), for lazy or immediate connection. Keep-alive finds a dead
-    /// peer within about two seconds, so a call never hangs on a host that has gone away.
+    /// peer within about two seconds, so a call never hangs on a host that has gone away. An attempt to connect is given up
+    /// before the kernel would repeat its SYN: the next one finds a network that has healed at once.
     ///
     /// # Errors
     /// [`TlsError::Connect`] if `endpoint` is no host:port or the certificates cannot be used.
@@ -195,13 +200,41 @@ impl Tls {
             .domain_name(dns_name(role, name));
         Endpoint::from_shared(format!("https://{endpoint}"))
             .map_err(failed)?
-            .connect_timeout(Duration::from_secs(2))
+            .connect_timeout(CONNECT)
             .http2_keep_alive_interval(Duration::from_millis(500))
             .keep_alive_timeout(Duration::from_millis(1500))
             .keep_alive_while_idle(true)
             .tcp_nodelay(true)
             .tls_config(tls)
             .map_err(failed)
+    }
+
+    /// As [`Self::connect`], for calls that a frozen service waits for: the connection breaks once something sent has not
+    /// been acknowledged for `stall`. It is the kernel that looks (TCP_USER_TIMEOUT), so a slow link, whose
+    /// acknowledgements come late but come, is not taken for a dead one; pings see to it that there is something to
+    /// acknowledge.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    pub async fn connect_watched(
+        &self,
+        role: Role,
+        name: &str,
+        endpoint: &str,
+        stall: Duration,
+    ) -> Result<Channel, TlsError> {
+        let mut connector = HttpConnector::new();
+        connector.enforce_http(false);
+        connector.set_nodelay(true);
+        connector.set_connect_timeout(Some(CONNECT));
+        connector.set_tcp_user_timeout(Some(stall));
+        let target = self.endpoint(role, name, endpoint)?.http2_keep_alive_interval(stall / 2);
+        target.connect_with_connector(connector).await.map_err(|source| TlsError::Connect {
+            role,
+            name: name.into(),
+            endpoint: endpoint.into(),
+            source,
+        })
     }
 
     /// Connects to `role` `name` at `endpoint` (host:port).

@@ -16,7 +16,7 @@ use crate::{
     controller::Controller,
     driver::Clock,
     inventory::Target,
-    patience::{self, Asking, CONFIRM, Confirming, MARKER, PREFLIGHT, RELEASE},
+    patience::{self, Asking, Confirming, MARKER, PREFLIGHT, RELEASE, attempt},
     peers::{self, Kind},
     session::{
         Command, Event, Finding, Held, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
@@ -204,14 +204,14 @@ impl Call {
             let _ = timeout(RELEASE, undone.wait_for(|undone| *undone)).await;
         }
         let mut confirming = Confirming::new(&self.command);
-        let began = Instant::now();
+        let (began, limit) = (Instant::now(), self.limit());
         loop {
             let sent_us = self.clock.now_us();
-            let answer = timeout(CONFIRM, self.confirm_once(&migration, sent_us)).await;
+            let answer = timeout(limit, self.confirm_once(&migration, sent_us)).await;
             let reason = match answer {
                 Ok(Ok(event)) => return event,
                 Ok(Err(status)) => peers::words(&status),
-                Err(_) => format!("no answer within {}", seconds(CONFIRM)),
+                Err(_) => format!("no answer within {} ms", limit.as_millis()),
             };
             let (tell, wait) = confirming.failed(began.elapsed());
             if tell {
@@ -225,16 +225,20 @@ impl Call {
         }
     }
 
+    fn limit(&self) -> Duration {
+        attempt(&self.command)
+    }
+
     async fn confirm_once(&self, migration: &str, sent_us: u64) -> Result<Event, Status> {
         let migration = migration.to_owned();
         Ok(match &self.command {
             Command::Resume => {
-                let request = with_deadline(v1::ResumeRequest { migration }, CONFIRM);
+                let request = with_deadline(v1::ResumeRequest { migration }, self.limit());
                 let r = self.migrator(&self.plan.to)?.resume(request).await?.into_inner();
                 Event::Resumed { pid: r.pid, sent_us }
             }
             Command::End => {
-                self.source()?.end(with_deadline(v1::EndRequest { migration }, CONFIRM)).await?;
+                self.source()?.end(with_deadline(v1::EndRequest { migration }, self.limit())).await?;
                 Event::Ended { sent_us }
             }
             Command::Finish(gateway) => {
@@ -246,7 +250,7 @@ impl Call {
                 let alive = match participant {
                     Participant::Gateway(g) => {
                         let request = v1::AbortSwitchRequest { migration };
-                        let answer = self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        let answer = self.gateway(g)?.abort(with_deadline(request, self.limit())).await?;
                         held = answer.into_inner().held.map(figures);
                         if self.resolved {
                             // one that was started again after COMMIT has been told the new network
@@ -258,7 +262,7 @@ impl Call {
                     Participant::Source | Participant::Destination => {
                         let side =
                             if *participant == Participant::Source { &self.plan.from } else { &self.plan.to };
-                        let request = with_deadline(v1::AbortMigrationRequest { migration }, CONFIRM);
+                        let request = with_deadline(v1::AbortMigrationRequest { migration }, self.limit());
                         self.migrator(side)?.abort(request).await?.into_inner().alive
                     }
                 };
@@ -275,7 +279,8 @@ impl Call {
         let plan = &self.plan;
         let again = format!("{}-again", plan.id);
         let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
-        let answer = self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?.into_inner();
+        let finish = with_deadline(request, self.limit());
+        let answer = self.gateway(gateway)?.finish(finish).await?.into_inner();
         self.see_users_on(gateway, &plan.to.network, &again).await?;
         Ok(answer.held.map(figures))
     }
@@ -296,7 +301,7 @@ impl Call {
             from_network: from,
             to_network: network.to_owned(),
         };
-        let staged = client.stage(with_deadline(request, CONFIRM)).await?.into_inner();
+        let staged = client.stage(with_deadline(request, self.limit())).await?.into_inner();
         let request = v1::SwitchRequest {
             migration: again.to_owned(),
             switch: staged.switch,
@@ -305,7 +310,7 @@ impl Call {
             to_network: network.to_owned(),
             users_digest: users::digest(&users).into(),
         };
-        client.switch(with_deadline(request, CONFIRM)).await?;
+        client.switch(with_deadline(request, self.limit())).await?;
         self.finish_again(gateway, again).await?;
         match self.strayed(gateway, network, &self.status(gateway).await?) {
             None => Ok(()),
@@ -317,13 +322,13 @@ impl Call {
 
     async fn finish_again(&self, gateway: &str, again: &str) -> Result<(), Status> {
         let request = v1::FinishSwitchRequest { migration: again.to_owned() };
-        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await.map(|_| ())
+        self.gateway(gateway)?.finish(with_deadline(request, self.limit())).await.map(|_| ())
     }
 
     /// What a gateway that knows the inventory of now is doing.
     async fn status(&self, gateway: &str) -> Result<v1::GatewayStatus, Status> {
         self.controller.configure(gateway).await.map_err(Status::unavailable)?;
-        let request = with_deadline(v1::GatewayStatusRequest {}, CONFIRM);
+        let request = with_deadline(v1::GatewayStatusRequest {}, self.limit());
         Ok(self.gateway(gateway)?.status(request).await?.into_inner())
     }
 
@@ -459,6 +464,7 @@ pub(crate) async fn preflight(
     for gateway in plan.gateways.keys() {
         let (controller, gateway) = (Arc::clone(controller), gateway.clone());
         let request = stage_request(plan, &gateway, migration);
+        let request_of = migration.to_owned();
         gateways.spawn(async move {
             let who = format!("gateway {gateway}");
             let check = async {
@@ -466,7 +472,7 @@ pub(crate) async fn preflight(
                 let mut client = controller.peers.get(Kind::Gateway, &gateway)?.gateway();
                 client.check_switch(with_deadline(request, PREFLIGHT)).await
             };
-            match asked(&who, check).await {
+            match asked(&request_of, &who, check).await {
                 Ok(r) => r.findings.into_iter().map(from_wire).collect(),
                 Err(finding) => vec![finding],
             }
@@ -499,7 +505,7 @@ async fn preflight_servers(
     };
     let mut findings = Vec::new();
     let mut facts = None;
-    match asked(&Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
+    match asked(migration, &Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
         Ok(r) => {
             findings.extend(r.findings.into_iter().map(from_wire));
             facts = r.facts;
@@ -510,7 +516,7 @@ async fn preflight_servers(
     if facts.is_some() {
         let role = v1::preflight_request::Role::Destination.into();
         let request = v1::PreflightRequest { role, facts: facts.clone(), ..request };
-        match asked(&who, ask(&plan.to, request)).await {
+        match asked(migration, &who, ask(&plan.to, request)).await {
             Ok(r) => findings.extend(r.findings.into_iter().map(from_wire)),
             Err(finding) => findings.push(finding),
         }
@@ -519,15 +525,22 @@ async fn preflight_servers(
         let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
         let status =
             async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
-        findings.extend(asked(&who, status).await.err());
+        findings.extend(asked(migration, &who, status).await.err());
     }
     (findings, facts)
 }
 
 /// The answer of a preflight call, or the finding that there was none.
-async fn asked<T>(who: &str, call: impl Future<Output = Result<Response<T>, Status>>) -> Result<T, Finding> {
+async fn asked<T>(
+    session: &str,
+    who: &str,
+    call: impl Future<Output = Result<Response<T>, Status>>,
+) -> Result<T, Finding> {
     let status = match timeout(PREFLIGHT, call).await {
-        Ok(Ok(response)) => return Ok(response.into_inner()),
+        Ok(Ok(response)) => {
+            tracing::info!(session, by = who, "preflight answered");
+            return Ok(response.into_inner());
+        }
         Ok(Err(status)) => status,
         Err(_) => Status::deadline_exceeded(format!("no answer within {}", seconds(PREFLIGHT))),
     };

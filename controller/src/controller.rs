@@ -36,7 +36,7 @@ use crate::{
 };
 
 /// How often a peer is asked whether it is there.
-const ASK_EVERY: Duration = Duration::from_secs(1);
+const ASK_EVERY: Duration = Duration::from_millis(500);
 /// How long it has for its answer.
 const ASK: Duration = Duration::from_secs(3);
 

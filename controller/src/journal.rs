@@ -2,7 +2,8 @@
 //! synced). State is never stored, only derived again ([`crate::world::World::apply`]).
 //!
 //! Invariants:
-//! - records are numbered from 1 without a gap and never changed or deleted;
+//! - records are numbered from 1 without a gap and never changed or deleted; each has a checksum of its own, for SQLite
+//!   has none for what lies in its file and JSON with a flipped bit may still be JSON;
 //! - [`Journal::append`] returns once the records are on stable storage: one transaction, one sync, in order;
 //! - one controller at a time has the file open.
 //!
@@ -32,7 +33,7 @@ const IDLE: Duration = Duration::from_secs(2);
 /// "HOVR": tells the file from other programs' databases.
 const APPLICATION_ID: i64 = 0x484f_5652;
 /// Of the table and of the records in it.
-const SCHEMA_VERSION: i64 = 1;
+const SCHEMA_VERSION: i64 = 2;
 
 /// Errors of the journal.
 #[derive(Debug, thiserror::Error)]
@@ -189,7 +190,8 @@ fn create(dir: &Path, path: &Path) -> Result<(), JournalError> {
          CREATE TABLE record (
              seq INTEGER PRIMARY KEY,
              at_ms INTEGER NOT NULL,
-             body TEXT NOT NULL
+             body TEXT NOT NULL,
+             crc INTEGER NOT NULL
          ) STRICT;
          CREATE TRIGGER record_never_changes BEFORE UPDATE ON record
              BEGIN SELECT RAISE(ABORT, 'the journal is append-only'); END;
@@ -239,21 +241,35 @@ fn read(path: &Path, db: &Connection) -> Result<Vec<Record>, JournalError> {
     if verdict != "ok" {
         return Err(damaged(verdict.replace('\n', " ")));
     }
-    let mut query = db.prepare("SELECT seq, body FROM record ORDER BY seq").map_err(|e| refused(path, e))?;
+    let mut query =
+        db.prepare("SELECT seq, at_ms, body, crc FROM record ORDER BY seq").map_err(|e| refused(path, e))?;
     let mut rows = query.query([]).map_err(|e| refused(path, e))?;
     let mut records = Vec::new();
     while let Some(row) = rows.next().map_err(|e| refused(path, e))? {
         let seq: i64 = row.get(0).map_err(|e| refused(path, e))?;
-        let body: String = row.get(1).map_err(|e| refused(path, e))?;
+        let at_ms: i64 = row.get(1).map_err(|e| refused(path, e))?;
+        let body: String = row.get(2).map_err(|e| damaged(format!("record {seq} cannot be read: {e}")))?;
+        let crc: i64 = row.get(3).map_err(|e| refused(path, e))?;
         let expected = i64::try_from(records.len()).unwrap_or(i64::MAX).saturating_add(1);
         if seq != expected {
             return Err(damaged(format!("record {seq} follows record {}", expected - 1)));
+        }
+        if crc != checksum(seq, at_ms, &body) {
+            return Err(damaged(format!("record {seq} is not what was written (checksum)")));
         }
         records.push(
             serde_json::from_str(&body).map_err(|e| damaged(format!("record {seq} cannot be read: {e}")))?,
         );
     }
     Ok(records)
+}
+
+fn checksum(seq: i64, at_ms: i64, body: &str) -> i64 {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&seq.to_be_bytes());
+    crc.update(&at_ms.to_be_bytes());
+    crc.update(body.as_bytes());
+    crc.finalize().into()
 }
 
 fn write(db: &mut Connection, seq: &mut i64, records: &[Record]) -> Result<(), JournalError> {
@@ -263,12 +279,13 @@ fn write(db: &mut Connection, seq: &mut i64, records: &[Record]) -> Result<(), J
     let mut next = *seq;
     {
         let mut insert = transaction
-            .prepare_cached("INSERT INTO record (seq, at_ms, body) VALUES (?1, ?2, ?3)")
+            .prepare_cached("INSERT INTO record (seq, at_ms, body, crc) VALUES (?1, ?2, ?3, ?4)")
             .map_err(JournalError::Append)?;
         for record in records {
             next += 1;
             let body = serde_json::to_string(record).map_err(JournalError::Encode)?;
-            insert.execute(params![next, at_ms, body]).map_err(JournalError::Append)?;
+            let crc = checksum(next, at_ms, &body);
+            insert.execute(params![next, at_ms, body, crc]).map_err(JournalError::Append)?;
         }
     }
     transaction.commit().map_err(JournalError::Append)?;

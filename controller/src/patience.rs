@@ -10,12 +10,16 @@ use std::time::Duration;
 use crate::session::{Command, Participant};
 
 const FIRST_BACKOFF: Duration = Duration::from_millis(50);
-const LAST_BACKOFF: Duration = Duration::from_secs(2);
+/// After healing nothing may wait longer than this for somebody who is back.
+const LAST_BACKOFF: Duration = Duration::from_millis(250);
 
 /// Preflight looks around on a host and probes a router.
 pub const PREFLIGHT: Duration = Duration::from_secs(15);
-/// Of one attempt after the decision.
-pub const CONFIRM: Duration = Duration::from_secs(5);
+/// Of one attempt after the decision that may take its time.
+const CONFIRM: Duration = Duration::from_secs(5);
+/// Of one attempt that asks one daemon for one thing: an answer that was lost is asked for again soon, and a daemon that is
+/// still at work goes on with it whoever has stopped waiting.
+const CONFIRM_SOON: Duration = Duration::from_millis(500);
 
 const STAGE: Duration = Duration::from_secs(10);
 const PREPARE: Duration = Duration::from_secs(20);
@@ -41,6 +45,17 @@ pub const RELEASE: Duration = Duration::from_millis(500);
 const LATE: Duration = Duration::from_secs(1);
 /// The same for a call that the service waits for (resume; abort at the source): then an operator is needed.
 const LATE_CRITICAL: Duration = Duration::from_secs(15);
+
+/// How long one attempt after the decision is waited for. A gateway may have held frames to send first, and may be asked
+/// more than one thing.
+pub fn attempt(command: &Command) -> Duration {
+    match command {
+        Command::Resume | Command::End | Command::Undo(Participant::Source | Participant::Destination) => {
+            CONFIRM_SOON
+        }
+        _ => CONFIRM,
+    }
+}
 
 /// Patience with one call before the decision.
 #[derive(Debug, Clone)]
@@ -155,7 +170,7 @@ mod tests {
         );
         assert_eq!(
             waits.iter().map(|w| w.1).collect::<Vec<_>>(),
-            [50, 100, 200, 400, 800, 1600, 2000, 2000].map(ms)
+            [50, 100, 200, 250, 250, 250, 250, 250].map(ms)
         );
         assert!(!Confirming::new(&Command::Resume).failed(ms(14_999)).0);
         assert!(Confirming::new(&Command::Resume).failed(ms(15_000)).0);

@@ -1,7 +1,7 @@
 //! Channels to the gateways and migrators of the inventory, and what is known of each.
 //!
 //! A channel is opened once and kept warm (HTTP/2 keep-alive, see [`handover_api::tls`]), so a call on the hot path
-//! never waits for a connection. Whether a peer can be reached is asked about once a second; whoever needs to know at
+//! never waits for a connection. Whether a peer can be reached is asked about twice a second; whoever needs to know at
 //! once asks itself.
 
 use std::{

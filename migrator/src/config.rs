@@ -1,7 +1,7 @@
 //! The daemon's configuration file (TOML). Unknown keys are refused, so a mistyped one is never silently ignored.
 
 use std::{
-    net::SocketAddr,
+    net::{Ipv4Addr, SocketAddr},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -9,6 +9,7 @@ use std::{
 use handover_api::tls::TlsFiles;
 
 use crate::memory;
+use crate::record::check_id;
 
 /// Why a configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -68,18 +69,55 @@ pub struct Config {
     /// How long a source that has voted waits for *yield* before it goes on alone.
     #[serde(default = "vote_lease")]
     pub vote_lease_seconds: u64,
+    /// What was sent on the migration network while the service stands still has to be acknowledged within this; else the
+    /// migration is given up.
+    #[serde(default = "stall_limit")]
+    pub stall_limit_ms: u64,
     /// Longest time from *freeze* to the vote; after it the source is thawed.
     #[serde(default = "freeze_limit")]
     pub freeze_limit_seconds: u64,
     /// How memory gets to the destination when a service leaves this server.
     #[serde(default)]
     pub memory: memory::Policy,
+    /// Local socket for `handover-migrator status` and `resolve`; for the owner and the group of the daemon.
+    pub socket: Option<PathBuf>,
+    /// The services that may be frozen here, or taken in.
+    #[serde(default, rename = "service")]
+    pub services: Vec<Allowed>,
     /// Certificate, key, authority.
     pub tls: TlsFiles,
 }
 
+/// A service that this server takes part in migrations of, whatever the controller asks for.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Allowed {
+    /// As in the inventory.
+    pub name: String,
+    /// Its virtual IP v.
+    pub address: Ipv4Addr,
+    /// How its process is found; when given, the inventory has to say the same.
+    pub target: Option<AllowedTarget>,
+}
+
+/// See [`Allowed::target`].
+#[derive(Debug, Clone, PartialEq, Eq, serde::Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AllowedTarget {
+    /// Root of the process tree.
+    Pid(u32),
+    /// A file that holds the pid.
+    Pidfile(String),
+    /// Regular expression over the command line.
+    Command(String),
+}
+
 const fn vote_lease() -> u64 {
     10
+}
+
+const fn stall_limit() -> u64 {
+    500
 }
 
 const fn freeze_limit() -> u64 {
@@ -124,6 +162,7 @@ impl Config {
             ("image_dir", Some(&self.image_dir)),
             ("criu", Some(&self.criu)),
             ("cgroup", self.cgroup.as_ref()),
+            ("socket", self.socket.as_ref()),
         ];
         for (key, value) in paths {
             if let Some(value) = value
@@ -140,12 +179,29 @@ impl Config {
                 return refuse(key, value.to_string(), "write 1 to 3600");
             }
         }
+        if !(100..=60_000).contains(&self.stall_limit_ms) {
+            return refuse("stall_limit_ms", self.stall_limit_ms.to_string(), "write 100 to 60000");
+        }
+        for (i, service) in self.services.iter().enumerate() {
+            if check_id(&service.name).is_err() {
+                let why = "write 1 to 64 of a-z, A-Z, 0-9, `_` and `-`, not starting with `-`";
+                return refuse("service.name", format!("{:?}", service.name), why);
+            }
+            if self.services[..i].iter().any(|s| s.name == service.name) {
+                return refuse("service.name", service.name.clone(), "it is there twice; write one of them");
+            }
+        }
         Ok(())
     }
 
     /// See [`Config::vote_lease_seconds`].
     pub fn vote_lease(&self) -> Duration {
         Duration::from_secs(self.vote_lease_seconds)
+    }
+
+    /// See [`Config::stall_limit_ms`].
+    pub fn stall_limit(&self) -> Duration {
+        Duration::from_millis(self.stall_limit_ms)
     }
 
     /// See [`Config::freeze_limit_seconds`].
@@ -204,6 +260,14 @@ mod tests {
             ("[tls]", "vote_lease_seconds = 0\n[tls]", "vote_lease_seconds = 0: write 1 to 3600"),
             ("[tls]", "[memory]\nmode = \"fast\"\n[tls]", "unknown variant `fast`"),
             ("[tls]", "[memory]\npost_copy = true\n[tls]", "unknown field `post_copy`"),
+            ("[tls]", "stall_limit_ms = 99\n[tls]", "stall_limit_ms = 99: write 100 to 60000"),
+            ("[tls]", "socket = \"run/x\"\n[tls]", "socket = run/x: write an absolute path"),
+            (
+                "[tls]",
+                "[[service]]\nname = \"../x\"\naddress = \"10.0.0.1\"\n[tls]",
+                "service.name = \"../x\"",
+            ),
+            ("[tls]", "[[service]]\nname = \"x\"\n[tls]", "address"),
         ] {
             let err = parse(&GOOD.replacen(from, to, 1)).unwrap_err();
             assert!(err.contains(told), "{told:?} not in {err:?}");

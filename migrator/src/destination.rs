@@ -103,7 +103,7 @@ fn advance_with(
 /// # Errors
 /// FAILED_PRECONDITION with the findings.
 pub async fn reserve(node: &Arc<Node>, request: ReserveRequest) -> Answer<()> {
-    let service = Service::parse(request.service)?;
+    let service = Service::parse(request.service, &node.config)?;
     let facts = request.facts.ok_or_else(|| Failure::invalid("the request holds no facts of the process"))?;
     let migration = node.entry(&request.migration)?;
     let mut live = migration.lock().await;

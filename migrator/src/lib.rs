@@ -12,6 +12,7 @@ pub mod error;
 pub mod fence;
 pub mod freezer;
 pub mod keeper;
+pub mod local;
 pub mod machine;
 pub mod marker;
 pub mod memory;

@@ -8,6 +8,8 @@ use handover_api::tls::{Tls, TlsError};
 use handover_migrator::{
     config::{Config, ConfigError},
     keeper,
+    error::{Error, chain},
+    local::{self, Way},
     node::Node,
     server,
 };
@@ -35,6 +37,32 @@ enum Command {
     /// Started by the daemon beside a copy whose memory follows.
     #[command(hide = true)]
     KeepPages(keeper::Options),
+    /// The migrations this server knows: over the daemon's local socket, or from its records when it is down.
+    Status {
+        /// Configuration file (TOML).
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
+    /// Ends the doubt about a migration on the spot, when the controller is gone.
+    ///
+    /// Says what is known, what will be done and what is risked; does it only with `--yes`. Ends with 1 without `--yes`.
+    #[command(group = clap::ArgGroup::new("way").required(true).args(["commit", "abort"]))]
+    Resolve {
+        /// The migration, e.g. film-1.
+        id: String,
+        /// The service is at the destination.
+        #[arg(long)]
+        commit: bool,
+        /// The service is at the source.
+        #[arg(long)]
+        abort: bool,
+        /// The account was read, and what is to be done first has been done.
+        #[arg(long)]
+        yes: bool,
+        /// Configuration file (TOML).
+        #[arg(long, value_name = "FILE")]
+        config: PathBuf,
+    },
 }
 
 fn main() -> ExitCode {
@@ -50,6 +78,10 @@ fn main() -> ExitCode {
     let outcome = match (cli.command, cli.config) {
         (Some(Command::Check { config }), _) => check(&config),
         (Some(Command::KeepPages(options)), _) => keep_pages(&options),
+        (Some(Command::Status { config }), _) => status(&config),
+        (Some(Command::Resolve { id, commit, abort: _, yes, config }), _) => {
+            resolve(&config, &id, if commit { Way::Commit } else { Way::Abort }, yes)
+        }
         (None, Some(config)) => run(&config),
         (None, None) => Ok(()), // clap demands one of them
     };
@@ -71,6 +103,34 @@ fn check(path: &std::path::Path) -> anyhow::Result<()> {
     let config = Config::load(path)?;
     Tls::load(&config.tls).with_context(|| format!("certificates of configuration {}", path.display()))?;
     println!("{}: valid", path.display());
+    Ok(())
+}
+
+fn on_the_spot<T>(work: impl Future<Output = T>) -> anyhow::Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.context("starting the runtime")?.block_on(work))
+}
+
+fn status(path: &std::path::Path) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let (running, migrations) = on_the_spot(local::status(&config))??;
+    eprintln!("migrator {}: {}", config.name, if running { "runs" } else { "is down; from its records" });
+    println!("{:<24} {:<12} {:<11} {:>8} SERVICE", "MIGRATION", "ROLE", "STATE", "PID");
+    for m in migrations {
+        println!("{:<24} {:<12} {:<11} {:>8} {}", m.migration, m.role, m.state, m.pid, m.service);
+    }
+    Ok(())
+}
+
+fn resolve(path: &std::path::Path, id: &str, way: Way, yes: bool) -> anyhow::Result<()> {
+    let config = Config::load(path)?;
+    let tls = || Tls::load(&config.tls).map_err(|e| Error::other(chain(&e)));
+    let told = on_the_spot(local::resolve(&config, tls, id, way, yes))??;
+    for line in told {
+        eprintln!("{line}");
+    }
+    anyhow::ensure!(yes, "nothing was done; with --yes it is");
+    eprintln!("migration {id} is resolved here");
     Ok(())
 }
 

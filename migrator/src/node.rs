@@ -11,14 +11,17 @@ use std::{
 
 use handover_api::{
     tls::Tls,
-    v1::{Finding, ProcessFacts, ServiceSpec, finding::Severity, migrator_peer_client::MigratorPeerClient},
+    v1::{
+        Finding, ProcessFacts, ServiceSpec, finding::Severity, migrator_peer_client::MigratorPeerClient,
+        target::By,
+    },
 };
 use tokio::sync::{MutexGuard, watch};
 use tonic::{Code, Status, transport::Channel};
 
 use crate::{
     address::Addresses,
-    config::Config,
+    config::{Allowed, AllowedTarget, Config},
     criu::{self, Swrk},
     error::{Error, Result, chain},
     fence,
@@ -90,11 +93,47 @@ pub struct Service {
 }
 
 impl Service {
-    /// Of a request.
+    /// Of a request, if this server is configured for it.
     ///
     /// # Errors
-    /// INVALID_ARGUMENT names what is missing or wrong.
-    pub fn parse(spec: Option<ServiceSpec>) -> Answer<Self> {
+    /// INVALID_ARGUMENT names what is missing or wrong, PERMISSION_DENIED what this server is not configured for.
+    pub fn parse(spec: Option<ServiceSpec>, config: &Config) -> Answer<Self> {
+        let service = Self::read(spec)?;
+        service.allowed(&config.services)?;
+        Ok(service)
+    }
+
+    fn allowed(&self, services: &[Allowed]) -> Answer<()> {
+        let refuse = |why: String| {
+            let words = format!(
+                "service {}: {why}; see [[service]] in this migrator's configuration, and the inventory",
+                self.name
+            );
+            Err(Failure::new(Code::PermissionDenied, words))
+        };
+        let Some(known) = services.iter().find(|s| s.name == self.name) else {
+            let names: Vec<&str> = services.iter().map(|s| s.name.as_str()).collect();
+            let names = if names.is_empty() { "none".into() } else { names.join(", ") };
+            return refuse(format!("this migrator is not configured for it (configured: {names})"));
+        };
+        if known.address != self.address {
+            return refuse(format!("its address is {} here, not {}", known.address, self.address));
+        }
+        let same = match (&known.target, self.target.as_ref().and_then(|t| t.by.as_ref())) {
+            (None, _) | (_, None) => true,
+            (Some(AllowedTarget::Pid(pid)), Some(By::Pid(asked))) => pid == asked,
+            (Some(AllowedTarget::Pidfile(file)), Some(By::Pidfile(asked))) => file == asked,
+            (Some(AllowedTarget::Command(pattern)), Some(By::Command(asked))) => pattern == asked,
+            (Some(_), Some(_)) => false,
+        };
+        if same {
+            Ok(())
+        } else {
+            refuse(format!("its target here is {:?}, the inventory says otherwise", known.target))
+        }
+    }
+
+    fn read(spec: Option<ServiceSpec>) -> Answer<Self> {
         let spec = spec.ok_or_else(|| Failure::invalid("the request names no service"))?;
         if spec.name.is_empty() {
             return Err(Failure::invalid("the service has no name"));
@@ -478,4 +517,53 @@ pub fn fresh_dir(dir: &Path) -> Result<()> {
         std::fs::remove_dir_all(dir).map_err(Error::io("removing", dir.display()))?;
     }
     record::make_private_dir(dir)
+}
+
+#[cfg(test)]
+mod tests {
+    use handover_api::v1::Target;
+
+    use super::*;
+
+    fn ask(name: &str, address: &str, by: Option<By>) -> Answer<()> {
+        let film = Allowed {
+            name: "film".into(),
+            address: Ipv4Addr::new(203, 0, 113, 10),
+            target: Some(AllowedTarget::Command("film-server".into())),
+        };
+        let spec = ServiceSpec {
+            name: name.into(),
+            address: address.into(),
+            target: by.map(|by| Target { by: Some(by) }),
+        };
+        Service::read(Some(spec))?.allowed(&[film])
+    }
+
+    #[test]
+    fn only_what_is_configured_is_taken_and_anything_else_refused_by_name() {
+        let command = |c: &str| Some(By::Command(c.into()));
+        ask("film", "203.0.113.10", command("film-server")).unwrap();
+        // the destination is asked without one
+        ask("film", "203.0.113.10", None).unwrap();
+        for (name, address, by, told) in [
+            (
+                "bank",
+                "203.0.113.10",
+                command("film-server"),
+                "service bank: this migrator is not configured for it (configured: film)",
+            ),
+            (
+                "film",
+                "203.0.113.11",
+                command("film-server"),
+                "its address is 203.0.113.10 here, not 203.0.113.11",
+            ),
+            ("film", "203.0.113.10", command("sshd"), "its target here is"),
+            ("film", "203.0.113.10", Some(By::Pid(1)), "its target here is"),
+        ] {
+            let refused = ask(name, address, by).unwrap_err();
+            assert_eq!(refused.code, Code::PermissionDenied);
+            assert!(refused.message.contains(told), "{}", refused.message);
+        }
+    }
 }

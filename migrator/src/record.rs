@@ -30,6 +30,9 @@ pub const TOMBSTONES: usize = 64;
 /// Version of the format.
 const VERSION: u32 = 1;
 
+/// Begins the last line of a file.
+const CHECKSUM: &str = "\n# crc32 ";
+
 /// A step's name, start and duration in microseconds since the call was received.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Timing {
@@ -255,7 +258,10 @@ impl Store {
         record.updated_ms = u64::try_from(now.as_millis()).unwrap_or(u64::MAX);
         let path = self.path(&record.migration);
         let new = path.with_extension("new");
-        let bytes = serde_json::to_vec_pretty(record).map_err(|e| Error::other(format!("encoding: {e}")))?;
+        let mut bytes =
+            serde_json::to_vec_pretty(record).map_err(|e| Error::other(format!("encoding: {e}")))?;
+        let crc = crc32fast::hash(&bytes);
+        bytes.extend(format!("{CHECKSUM}{crc:08x}\n").bytes());
         let write = || -> io::Result<()> {
             let mut file = fs::File::create(&new)?;
             file.write_all(&bytes)?;
@@ -288,7 +294,14 @@ fn read(path: &Path) -> Result<Record> {
             path.display()
         ))
     };
-    let record: Record = serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?;
+    // JSON with a flipped bit may still be JSON; one without the line was written before there was one, or by hand
+    let text = String::from_utf8(bytes).map_err(|e| damaged(e.to_string()))?;
+    let json = match text.rsplit_once(CHECKSUM) {
+        Some((json, crc)) if crc == format!("{:08x}\n", crc32fast::hash(json.as_bytes())) => json,
+        Some(_) => return Err(damaged("its checksum is another".into())),
+        None => &text,
+    };
+    let record: Record = serde_json::from_str(json).map_err(|e| damaged(e.to_string()))?;
     if record.version != VERSION {
         return Err(damaged(format!("version {}, this program knows {VERSION}", record.version)));
     }
@@ -360,6 +373,66 @@ mod tests {
             assert_eq!(records, std::slice::from_ref(&a), "torn at {torn}");
             assert!(!dir.path().join("a.new").exists());
         }
+    }
+
+    #[test]
+    fn a_flipped_bit_is_never_read_as_another_promise() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        let mut a = record("a", SourceState::Yielded);
+        store.write(&mut a).unwrap();
+        let file = dir.path().join("a.json");
+        let whole = fs::read(&file).unwrap();
+        for at in 0..whole.len() {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 1 << (at % 8);
+            fs::write(&file, &bytes).unwrap();
+            let err = Store::open(dir.path()).unwrap_err().to_string();
+            assert!(err.contains("a.json is not a record"), "byte {at}: {err}");
+        }
+        for cut in 0..whole.len() - "\n# crc32 01234567\n".len() {
+            fs::write(&file, &whole[..cut]).unwrap();
+            assert!(Store::open(dir.path()).is_err(), "cut at {cut}");
+        }
+        // without the last line alone it is what was written
+        fs::write(&file, &whole[..whole.len() - "\n# crc32 01234567\n".len()]).unwrap();
+        assert_eq!(Store::open(dir.path()).unwrap().1, [a]);
+    }
+
+    /// On a full or read-only file system the promise that stood before still stands, and nothing new is promised.
+    #[test]
+    fn what_cannot_be_written_changes_nothing() {
+        use nix::{
+            mount::{MsFlags, mount},
+            sched::{CloneFlags, unshare},
+        };
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: mounting a small file system takes root");
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().to_owned();
+        let small = move || {
+            const NONE: Option<&str> = None;
+            unshare(CloneFlags::CLONE_NEWNS).unwrap();
+            mount(NONE, "/", NONE, MsFlags::MS_REC | MsFlags::MS_PRIVATE, NONE).unwrap();
+            mount(Some("small"), &at, Some("tmpfs"), MsFlags::empty(), Some("size=16k")).unwrap();
+            let (store, _) = Store::open(&at.join("migrations")).unwrap();
+            let mut a = record("a", SourceState::Voted);
+            store.write(&mut a).unwrap();
+            fs::write(at.join("filler"), vec![0; 16 << 10]).unwrap_err();
+            let mut yielded = record("a", SourceState::Yielded);
+            let err = store.write(&mut yielded).unwrap_err();
+            assert!(crate::error::chain(&err).contains("No space left"), "{err}");
+            assert_eq!(Store::open(&at.join("migrations")).unwrap().1, std::slice::from_ref(&a));
+
+            fs::remove_file(at.join("filler")).unwrap();
+            let read_only = MsFlags::MS_REMOUNT | MsFlags::MS_RDONLY;
+            mount(Some("small"), &at, Some("tmpfs"), read_only, NONE).unwrap();
+            let err = store.write(&mut yielded).unwrap_err();
+            assert!(crate::error::chain(&err).contains("Read-only file system"), "{err}");
+        };
+        std::thread::spawn(small).join().unwrap();
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use handover_api::{
-    tls::{self, Role},
+    tls::{self, Peer, Role},
     v1::{
         AbortMigrationRequest, AbortMigrationResponse, DiscardRequest, DiscardResponse, EndRequest,
         EndResponse, FreezeRequest, FreezeResponse, ImageChunk, MigrationStatus, MigratorStatus,
@@ -28,7 +28,7 @@ use tonic::{
 use crate::{
     destination,
     error::{Error, chain},
-    fence,
+    fence, local,
     machine::{Recovery, SourceEvent, SourceState},
     node::{Answer, Failure, Migration, Node, Service},
     preflight,
@@ -60,6 +60,17 @@ type Result<T, E = Error> = std::result::Result<T, E>;
 /// What the controller calls.
 struct Control(Arc<Node>);
 
+/// The controller, or somebody on this server: the local socket is guarded by its file mode.
+fn controller_or_local<T>(request: &Request<T>) -> Result<(), Status> {
+    match tls::peer(request)? {
+        who @ Peer::Local { .. } => {
+            tracing::debug!(%who, "asked on the spot");
+            Ok(())
+        }
+        Peer::Remote { .. } => tls::require_role(request, &[Role::Controller]).map(drop),
+    }
+}
+
 /// What other migrators call.
 struct PeerService(Arc<Node>);
 
@@ -69,14 +80,8 @@ impl Migrator for Control {
         &self,
         request: Request<MigratorStatusRequest>,
     ) -> Result<Response<MigratorStatus>, Status> {
-        tls::require_role(&request, &[Role::Controller])?;
-        let migrations = self.0.all().into_iter().filter_map(|m| m.view()).map(|r| MigrationStatus {
-            role: r.role_name().into(),
-            state: r.state_name().into(),
-            pid: r.pid(),
-            service: r.service,
-            migration: r.migration,
-        });
+        controller_or_local(&request)?;
+        let migrations = self.0.all().into_iter().filter_map(|m| m.view()).map(|r| MigrationStatus::from(&r));
         Ok(Response::new(MigratorStatus {
             name: self.0.config.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -93,8 +98,8 @@ impl Migrator for Control {
         tls::require_role(&request, &[Role::Controller])?;
         let request = request.into_inner();
         let role = request.role();
-        let service = Service::parse(request.service)?;
         let node = &self.0;
+        let service = Service::parse(request.service, &node.config)?;
         let response = match role {
             preflight_request::Role::Source => {
                 let report = preflight::source(
@@ -147,7 +152,7 @@ impl Migrator for Control {
     }
 
     async fn resume(&self, request: Request<ResumeRequest>) -> Result<Response<ResumeResponse>, Status> {
-        tls::require_role(&request, &[Role::Controller])?;
+        controller_or_local(&request)?;
         let (node, request) = (self.0.clone(), request.into_inner());
         let (pid, steps) =
             detached(async move { destination::resume(&node, &request.migration).await }).await?;
@@ -155,7 +160,7 @@ impl Migrator for Control {
     }
 
     async fn end(&self, request: Request<EndRequest>) -> Result<Response<EndResponse>, Status> {
-        tls::require_role(&request, &[Role::Controller])?;
+        controller_or_local(&request)?;
         let (node, request) = (self.0.clone(), request.into_inner());
         let steps = detached(async move { source::end(&node, &request.migration).await }).await?;
         Ok(Response::new(EndResponse { steps: steps.into_iter().map(Into::into).collect() }))
@@ -165,7 +170,7 @@ impl Migrator for Control {
         &self,
         request: Request<AbortMigrationRequest>,
     ) -> Result<Response<AbortMigrationResponse>, Status> {
-        tls::require_role(&request, &[Role::Controller])?;
+        controller_or_local(&request)?;
         let (node, id) = (self.0.clone(), request.into_inner().migration);
         let alive = detached(async move { abort(&node, &id).await }).await?;
         Ok(Response::new(AbortMigrationResponse { alive }))
@@ -236,7 +241,7 @@ async fn destination_abort(node: &Arc<Node>, migration: &Arc<Migration>) -> Answ
 
 /// ABORT on whichever side this is. Of a migration that is not known nothing is to be undone, and whether an original
 /// runs is not known here: `false`.
-async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
+pub async fn abort(node: &Arc<Node>, id: &str) -> Answer<bool> {
     let (migration, record) = begun_or_over(node, id).await?;
     match record.role {
         Part::Source(_) => source::abort(node, &migration).await,
@@ -364,6 +369,21 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
     };
     let (control_service, peer_service) =
         (MigratorServer::new(Control(node.clone())), MigratorPeerServer::new(PeerService(node.clone())));
+    let (local, _remove) = match &node.config.socket {
+        Some(path) => {
+            let (incoming, remove) = local::Socket::bind(path)?.incoming();
+            let service =
+                Server::builder().add_service(control_service.clone()).serve_with_incoming(incoming);
+            (Some(service), Some(remove))
+        }
+        None => (None, None),
+    };
+    let local = async {
+        match local {
+            Some(service) => service.await,
+            None => std::future::pending().await,
+        }
+    };
     // set on each connection taken: the server's own tcp_nodelay does not reach listeners that are handed to it, and a
     // small answer would wait for the caller's delayed acknowledgement, 40 ms with the service standing still
     let incoming = |listener| TcpIncoming::from(listener).with_nodelay(Some(true));
@@ -378,7 +398,7 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
         "ready"
     );
     tokio::select! {
-        served = async { tokio::try_join!(control, peers) } =>
+        served = async { tokio::try_join!(control, peers, local) } =>
             served.map(|_| ()).map_err(|e| Error::other(format!("serving: {}", chain(&e))))?,
         _ = stop.wait_for(|s| *s) => {}
     }

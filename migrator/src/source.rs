@@ -135,7 +135,7 @@ fn advance_with(
 /// # Errors
 /// Findings of preflight here or at the destination (FAILED_PRECONDITION); everything is undone.
 pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<PrepareResponse> {
-    let service = Service::parse(request.service.clone())?;
+    let service = Service::parse(request.service.clone(), &node.config)?;
     let server =
         request.destination.clone().ok_or_else(|| Failure::invalid("the request names no destination"))?;
     let marker_port = u16::try_from(request.marker_port).map_err(|_| {
@@ -263,10 +263,27 @@ async fn make_ready(
 type Peer = MigratorPeerClient<tonic::transport::Channel>;
 
 async fn connect(node: &Node, name: &str, endpoint: &str) -> Answer<Peer> {
-    let channel = node.tls.connect(TlsRole::Migrator, name, endpoint).await;
+    let stall = node.config.stall_limit();
+    let channel = node.tls.connect_watched(TlsRole::Migrator, name, endpoint, stall).await;
     channel
         .map(MigratorPeerClient::new)
         .map_err(|e| Failure::new(Code::Unavailable, format!("prepare: {}", chain(&e))))
+}
+
+/// What the destination said, or what happened on the way to it.
+fn words(status: &tonic::Status) -> String {
+    let mut words = status.message().to_owned();
+    let mut next = std::error::Error::source(status);
+    while let Some(source) = next {
+        let text = source.to_string();
+        // most layers repeat their source
+        if !words.contains(&text) {
+            words.push_str(": ");
+            words.push_str(&text);
+        }
+        next = source.source();
+    }
+    words
 }
 
 /// A call to the destination failed: there (its words), or on the way.
@@ -277,7 +294,7 @@ fn at_peer(step: &str, peer: &str, status: &tonic::Status) -> Failure {
         _ => Code::Aborted,
     };
     let unreachable = if code == Code::Unavailable { " cannot be reached" } else { "" };
-    Failure::new(code, format!("{step}: migrator {peer}{unreachable}: {}", status.message()))
+    Failure::new(code, format!("{step}: migrator {peer}{unreachable}: {}", words(status)))
 }
 
 /// Steps 6 to 8 and the vote.

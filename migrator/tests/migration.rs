@@ -56,6 +56,7 @@ fn config(host: &Host, control: &str, migration: &str, pki: &Path, lease: u64) -
         "name = \"{name}\"\nlisten = \"{control}\"\nmigration_listen = \"{migration}\"\ninterface = \"service0\"\n\
          state_dir = \"/var/lib/handover-migrator\"\nimage_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\n\
          cgroup = \"{}\"\nvote_lease_seconds = {lease}\n\
+         [[service]]\nname = \"film\"\naddress = \"{V}\"\n\
          [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/migrator-{name}.pem\"\nkey = \"{pki}/migrator-{name}.key\"\n",
         criu.display(),
         host.cgroup().join("handover").display(),

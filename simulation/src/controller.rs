@@ -12,7 +12,7 @@ use std::{
 
 use handover_controller::{
     inventory::{self, Inventory},
-    patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
+    patience::{Asking, Confirming, PREFLIGHT, attempt},
     session::{
         Command, Decision, Entry, Event, Finding, Outcome, Participant, Policy, Session, Severity, Step,
         Ticket, Vote,
@@ -34,7 +34,7 @@ use crate::{
 pub(crate) type TaskId = u64;
 
 /// How often peers are asked, and for how long.
-const ASK_EVERY: u64 = S;
+const ASK_EVERY: u64 = S / 2;
 const ASK: u64 = 3 * S;
 const VIRTUAL_ROUTER: Mac = Mac([2, 0x48, 0x4f, 0, 0, 1]);
 
@@ -507,7 +507,7 @@ impl Sim {
 
     fn begin(&mut self, id: &str, command: Command) {
         let Some(plan) = self.session(id).map(|s| Arc::clone(&s.plan)) else { return };
-        let task = self.controller.id();
+        let (task, limit) = (self.controller.id(), attempt(&command));
         let (phase, patience) = match &command {
             Command::Check if plan.gateways.is_empty() => (Phase::LookSource, Patience::Check),
             Command::Check => (Phase::GatewayStatus(0), Patience::Check),
@@ -526,7 +526,7 @@ impl Sim {
                 session: id.into(),
                 command,
                 began: self.now,
-                end: self.now + us(CONFIRM),
+                end: self.now + us(limit),
                 phase,
                 patience,
                 errors: 0,
@@ -538,7 +538,7 @@ impl Sim {
 
     pub(crate) fn ask_again(&mut self, task: TaskId) {
         if let Some(t) = self.controller.tasks.get_mut(&task) {
-            t.end = self.now + us(CONFIRM);
+            t.end = self.now + us(attempt(&t.command));
             t.phase = Phase::Single;
             self.ask(task);
         }

@@ -21,6 +21,7 @@ pub mod bench;
 pub mod byhand;
 pub mod capture;
 pub mod ethtool;
+pub mod faults;
 mod host;
 pub mod init;
 mod lab;

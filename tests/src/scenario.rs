@@ -158,6 +158,14 @@ impl Play {
         Self::start_with(topology, App::Load, memory_mib, connections, |_| {})
     }
 
+    /// As [`Self::start_film`], in a topology that has no daemons yet.
+    ///
+    /// # Errors
+    /// With the daemons' logs.
+    pub fn start_film_in(topology: Topology, memory_mib: u16) -> anyhow::Result<Self> {
+        Self::start_with(topology, App::Film, memory_mib, |_| {})
+    }
+
     /// Brings it up in a topology that has no daemons yet; `progress` is told what comes next.
     ///
     /// # Errors
@@ -258,10 +266,18 @@ impl Topology {
     /// # Errors
     /// If it cannot be started.
     pub fn start_migration(&self, app: App, to: Site, hold: bool) -> anyhow::Result<Migration> {
+        self.start_migration_with(app, to, if hold { &[] } else { &["--no-hold"] })
+    }
+
+    /// As [`Self::start_migration`], with more options.
+    ///
+    /// # Errors
+    /// If it cannot be started.
+    pub fn start_migration_with(&self, app: App, to: Site, more: &[&str]) -> anyhow::Result<Migration> {
         let program = self
             .handover_program()?
             .args(["-o", "json", "migrate", app.name(), "--to", to.name(), "--wait"])
-            .args((!hold).then_some("--no-hold"))
+            .args(more)
             .stdio(Io::Null, Io::Pipe, Io::Pipe);
         let mut process = self.control.spawn(&program)?;
         let lines = |pipe: Option<std::fs::File>| pipe.map(Lines::collect).unwrap_or_default();

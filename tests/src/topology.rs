@@ -150,6 +150,9 @@ pub enum App {
 }
 
 impl App {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Film, Self::Redis, Self::Nginx];
+
     /// Its name in the inventory.
     #[must_use]
     pub fn name(self) -> &'static str {
@@ -187,6 +190,20 @@ impl App {
     }
 }
 
+/// What is otherwise than in the plain topology.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Layout {
+    /// The gateways' data path outlives their daemons (`pin_dir`).
+    pub pinned: bool,
+    /// A second gateway, gateway2 (10.255.0.3), with the user jiro; both gateways' trunks meet in trunk-switch.
+    pub second_gateway: bool,
+}
+
+/// The second user's MAC address.
+pub const JIRO_MAC: [u8; 6] = [2, 0, 0, 0, 1, 2];
+/// The second user's address.
+pub const JIRO: Ipv4Addr = Ipv4Addr::new(10, 1, 0, 101);
+
 /// The network with everything that runs in it.
 pub struct Topology {
     /// Where the user is.
@@ -201,6 +218,7 @@ pub struct Topology {
     pub control_switch: Host,
     /// The provider's programs.
     pub provider: Provider,
+    layout: Layout,
     daemons: BTreeMap<String, Daemon>,
     // last: everything above stands in it
     lab: Lab,
@@ -212,6 +230,14 @@ impl Topology {
     /// # Errors
     /// If the machine does not let it.
     pub fn new() -> anyhow::Result<Self> {
+        Self::laid_out(Layout::default())
+    }
+
+    /// As [`Self::new`], with what `layout` says.
+    ///
+    /// # Errors
+    /// If the machine does not let it.
+    pub fn laid_out(layout: Layout) -> anyhow::Result<Self> {
         let mut lab = Lab::new()?;
         let mut host = |name: &str| lab.add_host(name);
         let (taro, gateway, provider_host) = (host("taro")?, host("gateway")?, host("provider")?);
@@ -221,16 +247,39 @@ impl Topology {
             (Site::Backup, host("backup-router")?, host("backup-server")?, "10.3.0", 6),
         ];
 
-        lab.link((&taro, "eth0"), (&gateway, "access0"))?;
-        lab.link((&gateway, "wan0"), (&provider_host, "trunk0"))?;
-        let [a, b, c, d, e, f] = TARO_MAC;
-        taro.ip(&format!(
-            "link set eth0 address {a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{f:02x}\n\
-             addr add {TARO}/24 dev eth0\nroute add default via 10.1.0.1"
-        ))?;
-        for (host, interface) in [(&taro, "eth0"), (&gateway, "access0"), (&gateway, "wan0")] {
-            ethtool::as_on_the_wire(host, interface)?;
+        let second = if layout.second_gateway {
+            Some((host("jiro")?, host("gateway2")?, host("trunk-switch")?))
+        } else {
+            None
+        };
+
+        let user = |user: &Host, gateway: &Host, mac: [u8; 6], address: Ipv4Addr| -> anyhow::Result<()> {
+            lab.link((user, "eth0"), (gateway, "access0"))?;
+            let mac = mac.map(|byte| format!("{byte:02x}")).join(":");
+            user.ip(&format!(
+                "link set eth0 address {mac}\naddr add {address}/24 dev eth0\nroute add default via 10.1.0.1"
+            ))?;
+            ethtool::as_on_the_wire(user, "eth0")?;
+            ethtool::as_on_the_wire(gateway, "access0")?;
+            ethtool::as_on_the_wire(gateway, "wan0")
+        };
+        if let Some((jiro, gateway2, trunk_switch)) = &second {
+            // it looks at no tags: what is tagged passes as it is
+            trunk_switch.ip("link add br0 type bridge\nlink set br0 up")?;
+            for (host, interface, port) in [
+                (&gateway, "wan0", "gateway"),
+                (gateway2, "wan0", "gateway2"),
+                (&provider_host, "trunk0", "provider"),
+            ] {
+                lab.link((host, interface), (trunk_switch, port))?;
+                trunk_switch.ip(&format!("link set {port} master br0"))?;
+                ethtool::as_on_the_wire(trunk_switch, port)?;
+            }
+            user(jiro, gateway2, JIRO_MAC, JIRO)?;
+        } else {
+            lab.link((&gateway, "wan0"), (&provider_host, "trunk0"))?;
         }
+        user(&taro, &gateway, TARO_MAC, TARO)?;
 
         control_switch.ip("link add br0 type bridge\nlink set br0 up")?;
         let join = |host: &Host, last: u8| -> anyhow::Result<()> {
@@ -241,6 +290,9 @@ impl Topology {
         };
         join(&control, 1)?;
         join(&gateway, 2)?;
+        if let Some((_, gateway2, _)) = &second {
+            join(gateway2, 3)?;
+        }
         for (site, router, server, net, last) in &sites {
             join(server, *last)?;
             let port = format!("vlan{}", site.vid());
@@ -267,6 +319,7 @@ impl Topology {
             control,
             control_switch,
             provider,
+            layout,
             daemons: BTreeMap::new(),
             lab,
         };
@@ -281,28 +334,53 @@ impl Topology {
         init_authority(&authority)?;
         let criu = workspace().join(".tools/bin/criu");
         ensure!(criu.is_file(), "no CRIU at {}: run `cargo xtask setup`", criu.display());
+        let services: String = App::ALL
+            .iter()
+            .map(|app| {
+                format!(
+                    "[[service]]\nname = \"{}\"\naddress = \"{V}\"\ntarget = {{ command = \"{}\" }}\n",
+                    app.name(),
+                    app.pattern()
+                )
+            })
+            .collect();
         let migrator = |site: Site, last: u8| -> anyhow::Result<_> {
             let (host, name) = (self.server(site)?, site.server());
             let config = format!(
                 "listen = \"10.255.0.{last}:7443\"\nmigration_listen = \"10.254.0.{last}:7444\"\n\
                  interface = \"service0\"\nstate_dir = \"/var/lib/handover-migrator\"\n\
-                 image_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\ncgroup = \"{}\"\n",
+                 image_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\ncgroup = \"{}\"\n\
+                 socket = \"/run/handover/migrator.sock\"\n{services}",
                 criu.display(),
                 host.cgroup().join("handover").display()
             );
             Ok((host, Role::Migrator, name, "migrator", config))
         };
-        let gateway = "listen = \"10.255.0.2:7443\"\naccess = \"access0\"\nwan = \"wan0\"\n\
-                       virtual_router_mac = \"02:48:4f:00:00:01\"\n";
+        let gateway = |name: &str, last: u8| {
+            let pinned = if self.layout.pinned {
+                format!("pin_dir = \"/sys/fs/bpf/handover/{name}\"\n")
+            } else {
+                String::new()
+            };
+            format!(
+                "listen = \"10.255.0.{last}:7443\"\naccess = \"access0\"\nwan = \"wan0\"\n\
+                 virtual_router_mac = \"02:48:4f:00:00:0{}\"\n{pinned}",
+                last - 1
+            )
+        };
         let controller = format!(
             "listen = \"10.255.0.1:7440\"\nsocket = \"{SOCKET}\"\nstate_dir = \"/var/lib/handover-controller\"\n"
         );
-        for (host, role, name, daemon, config) in [
-            (&self.gateway, Role::Gateway, "gw", "gateway", gateway.to_owned()),
+        let mut daemons = vec![
+            (&self.gateway, Role::Gateway, "gw", "gateway", gateway("gw", 2)),
             (&self.control, Role::Controller, "controller", "controller", controller),
             migrator(Site::Main, 5)?,
             migrator(Site::Backup, 6)?,
-        ] {
+        ];
+        if self.layout.second_gateway {
+            daemons.push((self.lab.host("gateway2")?, Role::Gateway, "gw2", "gateway", gateway("gw2", 3)));
+        }
+        for (host, role, name, daemon, config) in daemons {
             let files = issue(&authority, &authority, role, name)?;
             let mut tls = String::from("[tls]\n");
             for (key, file) in [("ca", &files.ca), ("cert", &files.cert), ("key", &files.key)] {
@@ -347,10 +425,12 @@ impl Topology {
     /// # Errors
     /// With the log of the one that does not.
     pub fn start_daemons(&mut self) -> anyhow::Result<()> {
-        for host in ["gateway", "main-server", "backup-server", "control"] {
+        let second = self.layout.second_gateway.then_some("gateway2");
+        let hosts = ["gateway", "main-server", "backup-server", "control"].into_iter().chain(second);
+        for host in hosts.clone() {
             self.start_daemon(host)?;
         }
-        for host in ["gateway", "main-server", "backup-server", "control"] {
+        for host in hosts {
             self.daemon(host)?.wait_for("ready", START)?;
         }
         Ok(())
@@ -362,7 +442,7 @@ impl Topology {
     /// If it is not built.
     pub fn start_daemon(&mut self, host: &str) -> anyhow::Result<()> {
         let name = match host {
-            "gateway" => "gateway",
+            "gateway" | "gateway2" => "gateway",
             "control" => "controller",
             "main-server" | "backup-server" => "migrator",
             other => bail!("host {other} has no daemon"),
@@ -554,7 +634,7 @@ target = {{ command = "{}" }}
     /// # Errors
     /// If it is not served.
     pub fn start_client(&self, service: &Service) -> anyhow::Result<Client> {
-        self.start_client_of(service, CROWD)
+        self.start_client_on(&self.taro, service, CROWD)
     }
 
     /// As [`Self::start_client`]; that of the load opens `connections`.
@@ -562,6 +642,19 @@ target = {{ command = "{}" }}
     /// # Errors
     /// If it is not served.
     pub fn start_client_of(&self, service: &Service, connections: usize) -> anyhow::Result<Client> {
+        self.start_client_on(&self.taro, service, connections)
+    }
+
+    /// As [`Self::start_client_of`], on another user's host.
+    ///
+    /// # Errors
+    /// If it is not served.
+    pub fn start_client_on(
+        &self,
+        user: &Host,
+        service: &Service,
+        connections: usize,
+    ) -> anyhow::Result<Client> {
         let server = format!("{V}:{}", service.app.port());
         let program = match (service.app, &service.file) {
             (App::Film, _) => Program::new(program("film-viewer")?).args([server]),
@@ -582,7 +675,7 @@ target = {{ command = "{}" }}
             ]),
             (App::Nginx, None) => bail!("nginx has no file to serve"),
         };
-        let mut process = self.taro.spawn(&program.stdio(Io::Pipe, Io::Pipe, Io::Null))?;
+        let mut process = user.spawn(&program.stdio(Io::Pipe, Io::Pipe, Io::Null))?;
         let lines = process.stdout.take().map(Lines::collect).unwrap_or_default();
         let mut client = Client { app: service.app, process, lines, read: 0, last: None };
         let first = client.more(1)?;

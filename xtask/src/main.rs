@@ -37,6 +37,9 @@ enum Verb {
     Test {
         /// Run only tests whose name contains this.
         filter: Option<String>,
+        /// Also the slow ones: every link cut at every step of a migration (minutes).
+        #[arg(long)]
+        all: bool,
     },
     /// Simulate the transaction under faults: crashes, partitions, lost, late and doubled calls. A failing seed prints its
     /// trace and replays exactly.
@@ -100,7 +103,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().verb {
         Verb::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Run { args } => verbs::run(&args),
-        Verb::Test { filter } => verbs::test(filter.as_deref()),
+        Verb::Test { filter, all } => verbs::test(filter.as_deref(), all),
         Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation),
         Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
         Verb::Bench { what: Bench::Migrate { args } } => verbs::bench_migrate(&args),

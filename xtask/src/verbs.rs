@@ -53,8 +53,8 @@ fn release(package: &str, program: &str, args: &[String]) -> anyhow::Result<Exit
     hand_over(&mut cargo)
 }
 
-/// `cargo xtask test`: everything that has to hold before a change lands.
-pub fn test(filter: Option<&str>) -> anyhow::Result<ExitCode> {
+/// `cargo xtask test`: everything that has to hold before a change lands; with `all`, also what takes minutes more.
+pub fn test(filter: Option<&str>, all: bool) -> anyhow::Result<ExitCode> {
     setup::run()?;
     let step = |what: &str| eprintln!("test: {what}");
 
@@ -98,7 +98,8 @@ pub fn test(filter: Option<&str>) -> anyhow::Result<ExitCode> {
         run_command(tests)?;
     }
     step("the lab's scenarios");
-    run_command(lab.args(["--", "--test-threads=1"]).args(filter))?;
+    lab.args(["--", "--test-threads=1"]).args(all.then_some("--include-ignored"));
+    run_command(lab.args(filter))?;
     Ok(ExitCode::SUCCESS)
 }
 

@@ -9,6 +9,8 @@ pub const TPID_8021Q: u16 = 0x8100;
 pub const TPID_8021AD: u16 = 0x88a8;
 /// Address Resolution Protocol.
 pub const ETHERTYPE_ARP: u16 = 0x0806;
+/// Internet Protocol version 4.
+pub const ETHERTYPE_IPV4: u16 = 0x0800;
 /// ARP operation: who has.
 pub const ARP_REQUEST: u16 = 1;
 /// ARP operation: is at.
@@ -67,6 +69,16 @@ pub struct Arp {
     pub tha: WireMac,
     /// Target protocol address.
     pub tpa: [u16; 2],
+}
+
+/// The fixed part of an IPv4 header (RFC 791), as far as there is a rule for it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct Ipv4 {
+    /// Version to checksum, and the source address.
+    pub before: [u16; 8],
+    /// Destination address.
+    pub dst: [u16; 2],
 }
 
 /// A MAC as one number, for maps and comparisons: the frame's three 16-bit units as they are in memory.
@@ -156,6 +168,7 @@ mod tests {
         assert_eq!(size_of::<Eth>(), ETH_LEN);
         assert_eq!(size_of::<Tag>(), TAG_LEN);
         assert_eq!(size_of::<Arp>(), ARP_LEN);
+        assert_eq!(core::mem::offset_of!(Ipv4, dst), 16);
         for align in [align_of::<Eth>(), align_of::<Tag>(), align_of::<Arp>()] {
             assert_eq!(align, 2);
         }

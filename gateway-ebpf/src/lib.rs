@@ -16,14 +16,17 @@
 //!   mapping (`BPF_F_MMAPABLE`), a program loads it once. No reader can see half a change.
 //! - `SWITCH[0]` is zero for ever ("a, forward", generation 0), so a user who is in no switch needs no second look-up.
 //! - Index 0 of `NETWORK` is no network: a zeroed user word sends nowhere.
+//! - What a switch's phase keeps of its users' frames, and how that is counted: [`hold`].
 //! - A slot, a switch and a network index are used again only after a grace period, in which every program run that may
 //!   have read the old words has ended. The generation is the second line of defence.
 #![no_std]
 
 pub mod frame;
+pub mod hold;
 pub mod outcome;
 pub mod words;
 
+pub use hold::{Held, Hold, Load, Record};
 pub use outcome::Outcome;
 pub use words::{Link, Network, Router, Run, Selection, SwitchWord, User, UserKey, UserWord};
 
@@ -38,7 +41,7 @@ pub const VIDS: u32 = 4096;
 pub const PORTS: u32 = 64;
 
 /// Version of everything pinned maps hold. To be raised when a word, a key or a rule that reads them changes its meaning.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 /// What a daemon compares before it takes over pinned maps: the version, and below it a digest of what must not differ
 /// unnoticed: sizes, and the outcomes in their order.
@@ -65,6 +68,9 @@ const fn layout_digest() -> u32 {
         size_of::<User>() as u32,
         size_of::<Network>() as u32,
         size_of::<Run>() as u32,
+        size_of::<Hold>() as u32,
+        size_of::<Held>() as u32,
+        hold::LONGEST as u32,
     ];
     let mut i = 0;
     while i < sizes.len() {
@@ -106,6 +112,14 @@ pub mod maps {
     /// `Array<u64>`, mmapable: `cpu * SWITCHES + switch` -> when the last frame went out under the old network. One more
     /// row, after the last CPU's, is the daemon's: when it made the store, so that its successor knows.
     pub const LAST_OLD: &str = "LAST_OLD";
+    /// `Array<Hold>`, mmapable, by switch; entry 0 is for all of them.
+    pub const HOLD: &str = "HOLD";
+    /// `Array<Held>`, mmapable, by slot.
+    pub const HELD: &str = "HELD";
+    /// `RingBuf` of [`crate::Record`]s with their frames, in the order they came.
+    pub const FRAMES: &str = "FRAMES";
+    /// `PerCpuArray<Scratch>` of one.
+    pub const SCRATCH: &str = "SCRATCH";
     /// Read-only global: the MAC the users know the router by, as [`crate::frame::mac_word`] makes it.
     pub const VIRTUAL_ROUTER_MAC: &str = "VIRTUAL_ROUTER_MAC";
 }

@@ -43,7 +43,7 @@ fn verdict(result: Result<Outcome, Outcome>) -> u32 {
         unsafe { *counter += 1 };
     }
     match outcome.action() {
-        Action::Drop => xdp_action::XDP_DROP,
+        Action::Drop | Action::Keep => xdp_action::XDP_DROP,
         Action::Host => xdp_action::XDP_PASS,
         Action::Forward => xdp_action::XDP_REDIRECT,
     }

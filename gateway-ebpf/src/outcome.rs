@@ -9,6 +9,8 @@ pub enum Action {
     Host,
     /// XDP_REDIRECT: out of an interface.
     Forward,
+    /// XDP_DROP, with a copy kept for the daemon to send on.
+    Keep,
 }
 
 macro_rules! outcomes {
@@ -59,6 +61,10 @@ outcomes! {
     AccessNoPort "access_no_port" Drop: "The network's interface is not there.";
     AccessNoHeadroom "access_no_headroom" Drop: "The driver left no room for a tag.";
     AccessGeneration "access_generation" Drop: "The user's word and its switch did not agree, even when read again.";
+    AccessHeld "access_held" Keep: "From a user to the service, kept until the hold is released.";
+    AccessHoldUserBound "access_hold_user_bound" Drop: "To be held, but as much of the user is held as may be of one.";
+    AccessHoldMemory "access_hold_memory" Drop: "To be held, but as much is held as may be in all.";
+    AccessHoldExpired "access_hold_expired" Forward: "From a user, sent into the user's network although the hold is not released: its deadline has passed.";
     WanForwarded "wan_forwarded" Forward: "From the user's network, sent to the user.";
     WanArpForwarded "wan_arp_forwarded" Forward: "An ARP request for a user's address, sent to that user alone.";
     WanRouterArp "wan_router_arp" Host: "ARP of a network's router about itself: given to the daemon, kept from the users.";

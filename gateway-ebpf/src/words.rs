@@ -2,6 +2,8 @@
 
 /// Bit where the generation starts, in a user's word and in a switch's: the words agree if all above it is equal.
 const GENERATION_SHIFT: u32 = 44;
+/// Bit where the phase of a switch starts.
+const PHASE_SHIFT: u32 = 1;
 /// Largest switch index that fits a user's word.
 const SWITCH_MASK: u64 = 0xfff;
 
@@ -91,10 +93,11 @@ impl UserWord {
         if (self.0 ^ switch.0) >> GENERATION_SHIFT != 0 {
             return None;
         }
-        Some(match switch.selector() {
-            Selector::A => Selection { network: self.a(), also: self.a() },
-            Selector::B => Selection { network: self.b(), also: self.a() },
-        })
+        let network = match switch.selector() {
+            Selector::A => self.a(),
+            Selector::B => self.b(),
+        };
+        Some(Selection { network, also: self.a(), phase: switch.phase() })
     }
 }
 
@@ -107,7 +110,18 @@ pub enum Selector {
     B = 1,
 }
 
-/// A switch: selector (bit 0), phase (bits 1..3: 0 forward; 1 and 2 are kept for hold and drain), generation (44..64).
+/// What becomes of the frames for the service, of a switch's users.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Phase {
+    /// They go to the selected network.
+    Forward = 0,
+    /// They are kept.
+    Hold = 1,
+    /// What was kept is being sent on: the frames of a user of whom something is still kept line up behind it.
+    Drain = 2,
+}
+
+/// A switch: selector (bit 0), phase (bits 1..3), generation (44..64).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SwitchWord(pub u64);
 
@@ -115,9 +129,14 @@ impl SwitchWord {
     /// `SWITCH[0]`, for ever.
     pub const REST: Self = Self(0);
 
+    /// A switch in `phase`. Of the generation the lower 20 bits count.
+    pub const fn new(selector: Selector, phase: Phase, generation: u64) -> Self {
+        Self(selector as u64 | (phase as u64) << PHASE_SHIFT | generation << GENERATION_SHIFT)
+    }
+
     /// Frames flow to the selected network.
     pub const fn forward(selector: Selector, generation: u64) -> Self {
-        Self(selector as u64 | generation << GENERATION_SHIFT)
+        Self::new(selector, Phase::Forward, generation)
     }
 
     /// Whether both are of one generation, as far as words tell.
@@ -130,6 +149,16 @@ impl SwitchWord {
     pub const fn selector(self) -> Selector {
         if self.0 & 1 == 0 { Selector::A } else { Selector::B }
     }
+
+    /// Its phase.
+    #[inline(always)]
+    pub const fn phase(self) -> Phase {
+        match self.0 >> PHASE_SHIFT & 3 {
+            0 => Phase::Forward,
+            1 => Phase::Hold,
+            _ => Phase::Drain,
+        }
+    }
 }
 
 /// What a user's word and its switch make together.
@@ -140,6 +169,8 @@ pub struct Selection {
     /// A second network whose frames for the user are still good: the old one between switch and finish. The same as
     /// `network` otherwise.
     pub also: u16,
+    /// What becomes of the user's frames for the service.
+    pub phase: Phase,
 }
 
 impl Selection {
@@ -269,6 +300,20 @@ mod tests {
     }
 
     #[test]
+    fn the_phase_leaves_selector_and_generation_alone() {
+        for selector in [Selector::A, Selector::B] {
+            for phase in [Phase::Forward, Phase::Hold, Phase::Drain] {
+                let word = SwitchWord::new(selector, phase, 0xfffff);
+                assert_eq!((word.selector(), word.phase()), (selector, phase));
+                assert!(word.same_generation(SwitchWord::forward(Selector::A, 0xfffff)));
+                let selection = UserWord::staged(1, 2, 9, 0xfffff).select(word).unwrap();
+                assert_eq!((selection.network, selection.phase), (1 + selector as u16, phase));
+            }
+        }
+        assert_eq!(SwitchWord::REST.phase(), Phase::Forward);
+    }
+
+    #[test]
     fn another_generation_selects_nothing() {
         let word = UserWord::staged(1, 2, 9, 5);
         assert_eq!(word.select(SwitchWord::forward(Selector::B, 6)), None);
@@ -280,7 +325,10 @@ mod tests {
     #[test]
     fn a_user_in_no_switch_is_on_a() {
         let word = UserWord::resting(3);
-        assert_eq!(word.select(SwitchWord::REST), Some(Selection { network: 3, also: 3 }));
+        assert_eq!(
+            word.select(SwitchWord::REST),
+            Some(Selection { network: 3, also: 3, phase: Phase::Forward })
+        );
         assert_eq!(UserWord(0).select(SwitchWord::REST).unwrap().network, 0, "no user: no network");
     }
 

@@ -9,7 +9,7 @@ use std::{
 use handover_api::tls::TlsFiles;
 use serde::Deserialize;
 
-use crate::mac::Mac;
+use crate::{hold::Bounds, mac::Mac};
 
 /// The file, read and checked.
 #[derive(Debug, Clone, Deserialize)]
@@ -38,9 +38,39 @@ pub struct Config {
     /// Where it is kept who is on which network; used with `pin_dir`. By default /var/lib/handover-gateway/NAME.
     #[serde(default)]
     state_dir: Option<PathBuf>,
+    /// Bounds on what is held for services while they move.
+    #[serde(default)]
+    pub hold: HoldLimits,
     /// Certificate files.
     pub tls: TlsFiles,
 }
+
+/// The `[hold]` section.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HoldLimits {
+    /// Memory for held frames, taken from the kernel when the daemon starts; a power of two.
+    pub memory_mib: u32,
+    /// How much of that one user may fill.
+    pub per_user_kib: u32,
+}
+
+impl Default for HoldLimits {
+    fn default() -> Self {
+        let Bounds { memory, per_user } = Bounds::default();
+        Self { memory_mib: memory >> 20, per_user_kib: (per_user >> 10) as u32 }
+    }
+}
+
+impl HoldLimits {
+    /// In octets.
+    pub const fn bounds(self) -> Bounds {
+        Bounds { memory: self.memory_mib << 20, per_user: (self.per_user_kib as u64) << 10 }
+    }
+}
+
+/// Most memory for held frames, MiB.
+const HOLD_MEMORY_MAX: u32 = 1024;
 
 const fn default_max_users() -> u32 {
     65_536
@@ -122,6 +152,17 @@ impl Config {
         if !(1..=MAX_USERS).contains(&config.max_users) {
             return refuse("max_users", &config.max_users, "use 1 to 1048576");
         }
+        let HoldLimits { memory_mib, per_user_kib } = config.hold;
+        if !memory_mib.is_power_of_two() || memory_mib > HOLD_MEMORY_MAX {
+            return refuse("hold.memory_mib", &memory_mib, "use a power of two, 1 to 1024");
+        }
+        if per_user_kib == 0 || per_user_kib > memory_mib << 10 {
+            return refuse(
+                "hold.per_user_kib",
+                &per_user_kib,
+                "use 1 up to all of hold.memory_mib (which are 1024 each)",
+            );
+        }
         for (key, dir) in
             [("pin_dir", &config.pin_dir), ("state_dir", &config.state_dir), ("socket", &config.socket)]
         {
@@ -174,6 +215,7 @@ mod tests {
     fn a_good_file_is_read() {
         let config = Config::parse(GOOD, Path::new("gw.toml")).unwrap();
         assert_eq!((config.wan.as_str(), config.max_users), ("wan0", 65_536));
+        assert_eq!(config.hold.bounds(), Bounds { memory: 64 << 20, per_user: 32 << 20 });
         assert_eq!(config.pin_dir, None, "not pinned unless asked for");
         assert_eq!(config.state_dir(), Path::new("/var/lib/handover-gateway/gw"));
     }
@@ -190,6 +232,9 @@ mod tests {
             ("[tls]", "max_users = 0\n[tls]", "max_users = 0"),
             ("key =", "keys =", "keys"),
             ("[tls]", "pin_dir = \"handover\"\n[tls]", "absolute"),
+            ("[tls]", "[hold]\nmemory_mib = 48\n[tls]", "hold.memory_mib = 48"),
+            ("[tls]", "[hold]\nper_user_kib = 65537\n[tls]", "hold.per_user_kib = 65537"),
+            ("[tls]", "[hold]\nmemory = 1\n[tls]", "memory"),
             ("[tls]", "state_dir = \"/var/lib/x\"\n[tls]", "pin_dir"),
         ] {
             let text = GOOD.replacen(from, to, 1);

@@ -9,16 +9,19 @@
 //! What a test run cannot reach: frames shorter than an Ethernet header (the kernel refuses them), a driver without headroom,
 //! a port without an interface, multi-buffer frames.
 
+use std::sync::{Arc, atomic::Ordering};
+
 use aya::programs::{TestRun as _, TestRunOptions};
-use gateway_ebpf::{Outcome, UserWord, outcome::Action};
+use gateway_ebpf::{Load, Outcome, UserWord, hold::HoldWord, outcome::Action, words::Selector};
 use handover_api::v1;
 
 use crate::{
     desired::Desired,
+    hold::Bounds,
     mac::Mac,
-    oracle::{Network, Octets, Place, Prediction, User, World},
+    oracle::{Hold, Network, Octets, Place, Prediction, User, World},
     plane::{Options, Plane, PlaneError, Side},
-    table::{SwitchAnswer, SwitchStep, Table, Write},
+    table::{StageAnswer, SwitchAnswer, SwitchStep, Table, Write},
 };
 
 /// Users there can be in a world.
@@ -34,9 +37,13 @@ const VIRTUAL: Octets = [0x02, 0x48, 0x4f, 0, 0, 1];
 const ROUTERS: [Octets; 3] = [[2, 0, 0, 0, 0x0a, 1], [2, 0, 0, 0, 0x0a, 2], [2, 0, 0, 0, 0x0a, 3]];
 const VIDS: [Option<u16>; 6] = [Some(1), Some(2), None, Some(4094), Some(77), Some(256)];
 const R: [[u8; 4]; 2] = [[10, 1, 0, 1], [10, 9, 0, 1]];
+const V: [u8; 4] = [203, 0, 113, 10];
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
 const ARP: u16 = 0x0806;
+
+/// Bounds on what is held.
+const HELD: Bounds = Bounds { memory: 1 << 20, per_user: 1 << 18 };
 
 /// Choices.
 pub trait Draw {
@@ -126,7 +133,17 @@ pub fn world(draw: &mut impl Draw) -> World {
             if draw.once_in(3) {
                 addresses.push([10, 9, 0, 100 + n]);
             }
-            User { mac: [2, 0, 0, 0, 1, n], addresses, place }
+            let in_switch = matches!(place, Place::Staged(..) | Place::Switched(..));
+            let hold = match draw.below(8) {
+                _ if !in_switch => Hold::No,
+                2 | 3 => Hold::Holding,
+                4 => Hold::Draining,
+                5 => Hold::Drained,
+                6 => Hold::Full,
+                7 => Hold::Expired,
+                _ => Hold::No,
+            };
+            User { mac: [2, 0, 0, 0, 1, n], addresses, place, hold }
         })
         .collect();
     let largest = [1514, 1514, 60, 114, 1518, 3000];
@@ -134,6 +151,8 @@ pub fn world(draw: &mut impl Draw) -> World {
         virtual_mac: VIRTUAL,
         networks,
         users,
+        service: V,
+        memory_full: draw.once_in(4),
         access_largest: draw.one(&largest),
         wan_largest: draw.one(&largest),
     }
@@ -211,6 +230,13 @@ pub fn frame(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
         arp.extend(address(draw, world));
         frame.extend(arp);
     }
+    if ethertype == 0x0800 && !draw.once_in(4) {
+        let mut to = world.service;
+        if draw.once_in(8) {
+            to[draw.below(4) as usize] ^= 1 << draw.below(8);
+        }
+        frame.extend([&[0x45; 16][..], &to].concat());
+    }
     let headers = frame.len();
     let limit = if side == Side::Access { world.wan_largest } else { world.access_largest };
     let len = match draw.below(16) {
@@ -252,6 +278,8 @@ pub enum Failure {
     Differs(Box<Difference>),
     #[error("{} program: frames were counted as {counted:?}, not as {predicted:?}; {hint}", side.name())]
     Counted { side: Side, predicted: Vec<(Outcome, u64)>, counted: Vec<(Outcome, u64)>, hint: String },
+    #[error("frame {} was to be kept as it came, but what was kept is {}", hex(frame), hex(kept))]
+    Kept { frame: Vec<u8>, kept: Vec<u8> },
     #[error("world {world:?} cannot be made: {why}")]
     World { world: Box<World>, why: String },
     #[error(transparent)]
@@ -287,7 +315,8 @@ impl Harness {
     /// # Errors
     /// [`Failure::Plane`]; needs root.
     pub fn new() -> Result<Self, Failure> {
-        let plane = Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL) })?;
+        let plane =
+            Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL), hold: HELD })?;
         let mut harness = Self { plane, counted: [0; _], out: vec![0; LONGEST + 64] };
         harness.counted = harness.counters()?;
         Ok(harness)
@@ -339,12 +368,22 @@ impl Harness {
         let desired = Desired::new(&request, Mac(VIRTUAL)).map_err(|e| cannot(e.to_string()))?;
         let (mut table, ..) =
             Table::new(USERS_MAX).configured(&desired).map_err(|e| cannot(e.to_string()))?;
+        let holds = Arc::clone(self.plane.holds());
         for (i, user) in world.users.iter().enumerate() {
             if let Place::Staged(from, to) | Place::Switched(from, to) = user.place {
                 let (migration, users) = (format!("m{i}"), vec![format!("user{i}")]);
                 let refused = |e: crate::table::Refusal| cannot(e.to_string());
                 table.stage_begin(&migration, &users, &name(from), &name(to)).map_err(refused)?;
                 let (_, staged) = table.stage_write(&migration).map_err(refused)?;
+                let service = world.service.into();
+                if user.hold != Hold::No {
+                    let StageAnswer { switch, generation, .. } = staged;
+                    table.hold(&migration, switch.into(), generation, service).map_err(refused)?;
+                    holds.begin(switch, service, if user.hold == Hold::Expired { 0 } else { u64::MAX });
+                    if user.hold == Hold::Full {
+                        holds.word(switch, HoldWord::Bound).store(0, Ordering::Release);
+                    }
+                }
                 if matches!(user.place, Place::Switched(..)) {
                     let step = table
                         .switch(&migration, staged.switch.into(), staged.generation, &users, &name(to))
@@ -354,8 +393,15 @@ impl Harness {
                     }
                     table.switched(&migration, SwitchAnswer::default());
                 }
+                if matches!(user.hold, Hold::Draining | Hold::Drained) {
+                    let to =
+                        if matches!(user.place, Place::Switched(..)) { Selector::B } else { Selector::A };
+                    table.release(&migration, to).map_err(refused)?;
+                }
             }
         }
+        let all = if world.memory_full { 0 } else { HELD.memory.into() };
+        holds.word(0, HoldWord::Bound).store(all, Ordering::Release);
         let contents = table.contents();
         self.plane.reconcile(&contents)?;
         // what the table never writes, but a program can come upon between two writes
@@ -366,6 +412,11 @@ impl Harness {
             })
         };
         for user in &world.users {
+            if let Some(slot) = slot_of(user.mac) {
+                let (held, _) = holds.counts(slot);
+                let kept = if user.hold == Hold::Draining { Load::frame(60).0 } else { 0 };
+                holds.held.word(slot as usize, 1).store(held.wrapping_sub(kept), Ordering::Release);
+            }
             let word = match user.place {
                 Place::Nowhere => UserWord::resting(0),
                 // no switch has had this generation
@@ -390,6 +441,10 @@ impl Harness {
         frames: &[Vec<u8>],
         tally: &mut Tally,
     ) -> Result<(), Failure> {
+        // what was kept against the oracle's word
+        while let Some((record, kept)) = self.plane.holds().take() {
+            self.plane.holds().sent(record.slot(), Load::frame(kept.len() as u64));
+        }
         let mut expected = [0; Outcome::ALL.len()];
         let program = self.plane.program(side)?;
         for frame in frames {
@@ -408,7 +463,7 @@ impl Harness {
             let out = &self.out[..result.data_size_out as usize];
             // linux/bpf.h: enum xdp_action
             let verdict = match predicted.outcome.action() {
-                Action::Drop => 1,
+                Action::Drop | Action::Keep => 1,
                 Action::Host => 2,
                 Action::Forward => 4,
             };
@@ -423,6 +478,18 @@ impl Harness {
                 };
                 self.counted = self.counters()?;
                 return Err(Failure::Differs(Box::new(difference)));
+            }
+            if predicted.outcome == Outcome::AccessHeld {
+                let holds = self.plane.holds();
+                let kept = holds.take().map(|(record, kept)| {
+                    holds.sent(record.slot(), Load::frame(kept.len() as u64));
+                    kept
+                });
+                if kept.as_ref() != Some(frame) {
+                    let kept = kept.unwrap_or_default();
+                    self.counted = self.counters()?;
+                    return Err(Failure::Kept { frame: frame.clone(), kept });
+                }
             }
         }
         let now = self.counters()?;

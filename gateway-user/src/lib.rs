@@ -16,6 +16,8 @@
 //!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, and hears the routers.
 //! - [`groups`]: broadcast and multicast, a copy to each user of the network.
+//! - [`hold`], [`ring`], [`release`]: frames kept for the service while it moves, and sent on in their order; [`onward`]: what
+//!   such a frame looks like then, and the marker.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
 //! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
@@ -23,13 +25,17 @@ pub mod config;
 pub mod desired;
 pub mod fuzz;
 pub mod groups;
+pub mod hold;
 pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod onward;
 pub mod oracle;
 pub mod pins;
 pub mod plane;
+pub mod release;
+pub mod ring;
 pub mod service;
 pub mod socket;
 pub mod state;

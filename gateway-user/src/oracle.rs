@@ -17,6 +17,10 @@ pub struct World {
     pub networks: Vec<Network>,
     /// Users.
     pub users: Vec<User>,
+    /// The service's address: what is held is for it.
+    pub service: [u8; 4],
+    /// As much is held as may be in all.
+    pub memory_full: bool,
     /// Longest frame towards the users, tags not counted.
     pub access_largest: usize,
     /// Longest frame towards the provider, tags not counted.
@@ -43,6 +47,25 @@ pub struct User {
     pub addresses: Vec<[u8; 4]>,
     /// Where the user is.
     pub place: Place,
+    /// Whether frames to the service are held; only of who is in a switch.
+    pub hold: Hold,
+}
+
+/// What the hold of a user's switch is at.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// There is none.
+    No,
+    /// Frames are kept.
+    Holding,
+    /// As much of this user is kept as may be.
+    Full,
+    /// The deadline has passed.
+    Expired,
+    /// It is being released, and frames of this user are still kept.
+    Draining,
+    /// It is being released, and nothing of this user is kept any more.
+    Drained,
 }
 
 /// Where a user is.
@@ -98,6 +121,7 @@ impl From<Outcome> for Prediction {
 const DOT1Q: [u8; 2] = [0x81, 0x00];
 const DOT1AD: [u8; 2] = [0x88, 0xa8];
 const ARP: [u8; 2] = [0x08, 0x06];
+const IPV4: [u8; 2] = [0x08, 0x00];
 
 /// A frame taken apart; tag and payload are put together again.
 struct Parts {
@@ -161,6 +185,11 @@ impl Parts {
         self.rest[..2] == ARP
     }
 
+    /// Whether it has an IPv4 header as far as the destination, which is `address`.
+    fn is_ipv4_for(&self, address: [u8; 4]) -> bool {
+        self.rest[..2] == IPV4 && self.rest.get(18..22) == Some(&address)
+    }
+
     /// The ARP packet's 28 octets.
     fn arp(&mut self) -> Option<&mut [u8]> {
         self.rest.get_mut(2..30)
@@ -203,6 +232,16 @@ impl World {
             Refused::Reserved => Outcome::AccessReservedVid,
         })?;
         let user = self.users.iter().find(|u| u.mac == parts.src).ok_or(Outcome::AccessUnknownUser)?;
+        let mut sent = Outcome::AccessForwarded;
+        if matches!(user.place, Place::Staged(..) | Place::Switched(..)) && parts.is_ipv4_for(self.service) {
+            match user.hold {
+                Hold::No | Hold::Drained => {}
+                Hold::Expired => sent = Outcome::AccessHoldExpired,
+                Hold::Full => return Err(Outcome::AccessHoldUserBound),
+                Hold::Holding | Hold::Draining if self.memory_full => return Err(Outcome::AccessHoldMemory),
+                Hold::Holding | Hold::Draining => return Err(Outcome::AccessHeld),
+            }
+        }
         let network = user.place.sends_to().map_err(|()| Outcome::AccessGeneration)?;
         let network = &self.networks[network.ok_or(Outcome::AccessNoNetwork)?];
 
@@ -235,7 +274,7 @@ impl World {
         }
         // priority and drop eligibility are kept
         parts.tci = network.vid.map(|vid| parts.tci.unwrap_or(0) / 4096 * 4096 + vid);
-        Ok(Prediction { outcome: Outcome::AccessForwarded, frame: Some(parts.whole()) })
+        Ok(Prediction { outcome: sent, frame: Some(parts.whole()) })
     }
 
     /// A frame from the provider.

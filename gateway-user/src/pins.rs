@@ -374,6 +374,21 @@ impl Pins {
         self.meta.set(Word::Magic, 0, MAGIC)
     }
 
+    /// Size of a map that is to be taken over.
+    ///
+    /// # Errors
+    /// [`PinError::Map`].
+    pub fn max_entries(&self, name: &str) -> Result<Option<u32>, PinError> {
+        if !self.adopted {
+            return Ok(None);
+        }
+        let path = self.map(name);
+        match MapInfo::from_pin(&path) {
+            Ok(info) => Ok(Some(info.max_entries())),
+            Err(source) => Err(PinError::Map { what: "asking about", path, source: Box::new(source) }),
+        }
+    }
+
     /// Whether a map to be taken over is the one the programs expect: pinned maps are reused by name alone.
     ///
     /// # Errors

@@ -25,10 +25,13 @@
 use std::{
     collections::{HashMap as Known, HashSet},
     fs, io,
+    net::Ipv4Addr,
     os::fd::AsFd as _,
-    sync::atomic::{AtomicU64, Ordering},
-    thread,
-    time::{Duration, Instant},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Instant,
 };
 
 use aya::{
@@ -40,7 +43,11 @@ use aya::{
         xdp::{XdpLink, XdpLinkId},
     },
 };
-use gateway_ebpf::{NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS, maps};
+use gateway_ebpf::{
+    Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
+    hold::{HoldWord, Scratch},
+    maps,
+};
 use nix::{
     errno::Errno,
     time::{ClockId, clock_gettime},
@@ -48,14 +55,13 @@ use nix::{
 
 use crate::{
     desired::ADDRESSES_MAX,
+    hold::{Bounds, Holds, run_ended},
     mac::Mac,
     mapping::Mapping,
     pins::{PinError, Pins, Shape},
+    ring::Ring,
     table::{ACCESS_PORT, SwitchAnswer, WAN_PORT, Write, slots_for},
 };
-
-/// How long a program run may take at most: an XDP run is a few hundred instructions, but a virtual CPU may be paused.
-const RUN_LIMIT: Duration = Duration::from_millis(100);
 
 /// A program of the gateway, and the interface it belongs on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +173,8 @@ pub struct Options {
     pub max_users: u32,
     /// The MAC the users know the router by.
     pub virtual_router_mac: Mac,
+    /// How much may be held.
+    pub hold: Bounds,
 }
 
 /// The store of a switch.
@@ -190,13 +198,14 @@ pub enum Attachment {
 /// The programs and their maps. Dropping it detaches the programs, unless they are pinned.
 pub struct Plane {
     ebpf: Ebpf,
-    user: Mapping,
-    switch: Mapping,
-    network: Mapping,
+    user: Arc<Mapping>,
+    switch: Arc<Mapping>,
+    network: Arc<Mapping>,
     by_vid: Mapping,
     port: Mapping,
-    run: Mapping,
+    run: Arc<Mapping>,
     last_old: Mapping,
+    holds: Arc<Holds>,
     user_index: HashMap<MapData, UserKey, u32>,
     by_mac: HashMap<MapData, u64, u32>,
     by_ip: HashMap<MapData, u32, u32>,
@@ -230,7 +239,19 @@ impl Plane {
         let cpus = possible_cpus()?;
         let slots = slots_for(options.max_users);
         let virtual_router_mac = options.virtual_router_mac.word();
-        let shapes = shapes(options.max_users, cpus);
+        let mut memory = options.hold.memory;
+        if let Some(pins) = pins
+            && let Some(pinned) = pins.max_entries(maps::FRAMES)?
+            && pinned != memory
+        {
+            let mib = pinned >> 20;
+            tracing::warn!(
+                mib,
+                "held frames have the memory they were pinned with; `handover-gateway detach` first to change it"
+            );
+            memory = pinned;
+        }
+        let shapes = shapes(options.max_users, cpus, memory);
         let mut loader = EbpfLoader::new();
         for (name, shape) in shapes {
             if let Some(pins) = pins {
@@ -253,13 +274,29 @@ impl Plane {
                 source: source.into(),
             })?;
         }
+        let user = Arc::new(mapping(&mut ebpf, maps::USER, slots, 2)?);
+        let switch = Arc::new(mapping(&mut ebpf, maps::SWITCH, SWITCHES, 1)?);
+        let network = Arc::new(mapping(&mut ebpf, maps::NETWORK, NETWORKS, 3)?);
+        let run = Arc::new(mapping(&mut ebpf, maps::RUN, cpus, 8)?);
+        let holds = Holds {
+            user: Arc::clone(&user),
+            switch: Arc::clone(&switch),
+            network: Arc::clone(&network),
+            run: Arc::clone(&run),
+            hold: mapping(&mut ebpf, maps::HOLD, SWITCHES, HoldWord::ReleaseEnded as usize + 1)?,
+            held: mapping(&mut ebpf, maps::HELD, slots, 2)?,
+            ring: Mutex::new(ring(&mut ebpf, memory)?),
+            bounds: Bounds { memory, ..options.hold },
+        };
+        holds.enforce();
         Ok(Self {
-            user: mapping(&mut ebpf, maps::USER, slots, 2)?,
-            switch: mapping(&mut ebpf, maps::SWITCH, SWITCHES, 1)?,
-            network: mapping(&mut ebpf, maps::NETWORK, NETWORKS, 3)?,
+            user,
+            switch,
+            network,
+            run,
+            holds: Arc::new(holds),
             by_vid: mapping(&mut ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
             port: mapping(&mut ebpf, maps::PORT, PORTS, 1)?,
-            run: mapping(&mut ebpf, maps::RUN, cpus, 8)?,
             last_old: mapping(&mut ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
             user_index: typed(&mut ebpf, maps::USER_INDEX)?,
             by_mac: typed(&mut ebpf, maps::USER_BY_MAC)?,
@@ -392,7 +429,7 @@ impl Plane {
         changes += forget_others(&mut self.by_mac, maps::USER_BY_MAC, &by_mac)?;
         changes += forget_others(&mut self.by_ip, maps::USER_BY_IP, &by_ip)?;
         for write in contents {
-            if !self.holds(write) {
+            if !self.has(write) {
                 self.apply(std::slice::from_ref(write))?;
                 changes += 1;
             }
@@ -413,7 +450,7 @@ impl Plane {
     }
 
     /// Whether the maps hold this already.
-    fn holds(&self, write: &Write) -> bool {
+    fn has(&self, write: &Write) -> bool {
         let is = |mapping: &Mapping, entry: usize, word, value: u64| {
             mapping.word(entry, word).load(Ordering::Acquire) == value
         };
@@ -438,14 +475,14 @@ impl Plane {
         }
     }
 
-    /// What a switch says now, and what its store, if it was made, was answered with: the window by the programs' stamps and
-    /// the store's own.
-    pub fn switch_word(&self, index: u16) -> (SwitchWord, SwitchAnswer) {
+    /// What a switch says now; what its store, if it was made, was answered with: the window by the programs' stamps and the
+    /// store's own; and the address it holds, if it does.
+    pub fn switch_word(&self, index: u16) -> (SwitchWord, SwitchAnswer, Ipv4Addr) {
         let word = SwitchWord(self.switch.word(index.into(), 0).load(Ordering::SeqCst));
         let at_ns = self.stored_at(index).load(Ordering::Acquire);
         let last = (0..self.run.len()).map(|cpu| self.stamp(cpu, index).load(Ordering::Acquire)).max();
         let window_ns = last.unwrap_or(0).saturating_sub(at_ns);
-        (word, SwitchAnswer { window_ns, store_latency_ns: 0 })
+        (word, SwitchAnswer { window_ns, store_latency_ns: 0 }, self.holds.address(index))
     }
 
     /// What a network says now.
@@ -539,24 +576,18 @@ impl Plane {
         let begun = Instant::now();
         let mut last = 0;
         for cpu in 0..self.run.len() {
-            let epoch = self.run.word(cpu, 0);
-            let inside = epoch.load(Ordering::SeqCst);
-            let mut turns = 0_u32;
-            while inside % 2 == 1 && epoch.load(Ordering::Acquire) == inside {
-                std::hint::spin_loop();
-                turns += 1;
-                if turns.is_multiple_of(1024) {
-                    thread::yield_now();
-                    if begun.elapsed() > RUN_LIMIT {
-                        tracing::warn!(cpu, "a program run did not end; the switch window is a lower bound");
-                        last = last.max(monotonic_ns());
-                        break;
-                    }
-                }
+            if !run_ended(&self.run, cpu, begun) {
+                tracing::warn!(cpu, "a program run did not end; the switch window is a lower bound");
+                last = last.max(monotonic_ns());
             }
             last = last.max(self.stamp(cpu, index).load(Ordering::Acquire));
         }
         last.saturating_sub(committed.at_ns)
+    }
+
+    /// Hold and release.
+    pub fn holds(&self) -> &Arc<Holds> {
+        &self.holds
     }
 
     /// Frames by outcome, summed over the CPUs.
@@ -611,7 +642,7 @@ where
 }
 
 /// Every map of the programs with its sizes.
-fn shapes(max_users: u32, cpus: u32) -> [(&'static str, Shape); 12] {
+fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 16] {
     const INDEX: u32 = size_of::<u32>() as u32;
     const WORD: u32 = size_of::<u64>() as u32;
     let shape = |key_size, value_size: usize, max_entries| Shape {
@@ -634,6 +665,10 @@ fn shapes(max_users: u32, cpus: u32) -> [(&'static str, Shape); 12] {
         (maps::COUNTERS, shape(INDEX, word, Outcome::ALL.len() as u32)),
         (maps::RUN, shape(INDEX, size_of::<Run>(), cpus)),
         (maps::LAST_OLD, shape(INDEX, word, (cpus + 1) * SWITCHES)),
+        (maps::HOLD, shape(INDEX, size_of::<Hold>(), SWITCHES)),
+        (maps::HELD, shape(INDEX, size_of::<Held>(), slots_for(max_users))),
+        (maps::FRAMES, shape(0, 0, memory)),
+        (maps::SCRATCH, shape(INDEX, size_of::<Scratch>(), 1)),
     ]
 }
 
@@ -664,6 +699,15 @@ fn mapping(ebpf: &mut Ebpf, name: &'static str, entries: u32, words: usize) -> R
     match map {
         Map::Array(data) => map_in(&data),
         _ => Err(PlaneError::Object(name)),
+    }
+}
+
+/// Maps the ring of held frames.
+fn ring(ebpf: &mut Ebpf, size: u32) -> Result<Ring, PlaneError> {
+    match ebpf.take_map(maps::FRAMES) {
+        Some(Map::RingBuf(data)) => Ring::open(data.fd().as_fd(), size)
+            .map_err(|source| map_error(maps::FRAMES, "mapping into memory (needs kernel 5.8)", source)),
+        _ => Err(PlaneError::Object(maps::FRAMES)),
     }
 }
 

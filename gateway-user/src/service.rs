@@ -21,6 +21,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use gateway_ebpf::words::Selector;
 use handover_api::{
     tls::{Peer, Role, require_role},
     v1::{self, finding::Severity, gateway_server},
@@ -36,12 +37,14 @@ use crate::{
     introduce::{Heard, Introduced, Introducer, PATIENCE},
     link::{Link, LinkError, Promiscuous},
     mac::Mac,
+    onward::Marker,
     pins::{self, PinError, Pins},
     plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
+    release::Releaser,
     state::{StateError, Store},
     table::{
-        Asked, Named, Refusal, Retired, Snapshot, SnapshotError, StageAnswer, StageStep, SwitchAnswer,
-        SwitchStep, Table, Write,
+        Asked, HoldFigures, HoldStep, Named, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer,
+        StageStep, SwitchAnswer, SwitchStep, Table, Write,
     },
 };
 
@@ -112,6 +115,7 @@ struct Inner {
     _promiscuous: Option<[Promiscuous; 2]>,
     introducer: Introducer,
     groups: Groups,
+    releaser: Releaser,
     /// Group frames' copies: sent, and not sent.
     copies: [AtomicU64; 2],
     core: Mutex<Core>,
@@ -154,6 +158,9 @@ impl Gateway {
 
         let groups = Groups::open(&links[0], &links[1])
             .map_err(|source| StartError::Socket { wan: config.wan.clone(), source })?;
+        let holds = Arc::clone(core.plane.holds());
+        let releaser = Releaser::open(holds, config.virtual_router_mac, &links[1])
+            .map_err(|source| StartError::Socket { wan: config.wan.clone(), source })?;
         let [access, wan] = links;
         let gateway = Self(Arc::new(Inner {
             name: config.name.clone(),
@@ -166,6 +173,7 @@ impl Gateway {
             _promiscuous: promiscuous,
             introducer,
             groups,
+            releaser,
             copies: Default::default(),
             core: Mutex::new(core),
             configuring: tokio::sync::Mutex::default(),
@@ -349,6 +357,47 @@ impl Gateway {
 
     async fn introduce(&self, network: &Asked, users: &[(Mac, Ipv4Addr)]) -> io::Result<Introduced> {
         self.0.introducer.introduce(network.spec.vid.unwrap_or(0), network.spec.address, users).await
+    }
+
+    /// Sends on what `migration` holds, to the old network (A) or the new one (B), if it holds anything. Whoever asks meanwhile
+    /// waits for the same.
+    async fn release(&self, migration: &str, to: Selector) -> Result<(), Status> {
+        let answer = {
+            let mut core = self.core();
+            match core.table.release(migration, to)? {
+                Release::NotHeld | Release::Done => return Ok(()),
+                Release::Drain { index, word, slots } => {
+                    core.plane.holds().begin_release(index, word);
+                    self.0.releaser.release(index, slots)
+                }
+            }
+        };
+        let figures = answer
+            .await
+            .map_err(|_| Status::internal("held frames are not released: see the gateway's log"))?;
+        info!(migration, ?to, ?figures, "released");
+        self.core().table.released(migration, figures);
+        Ok(())
+    }
+
+    /// Sends the marker, if there is a router to send it by.
+    fn mark(&self, step: &HoldStep, address: Ipv4Addr, marker: v1::Marker) -> Result<bool, Status> {
+        let port = marker.port as u16;
+        let Some(router) = step.from.spec.router_mac.or(step.from.learned) else {
+            warn!(network = &*step.from.name, "no marker is sent: the router's MAC is not known");
+            return Ok(false);
+        };
+        let frame = Marker {
+            from: step.user,
+            router,
+            vid: step.from.spec.vid.unwrap_or(0),
+            to: (address, port),
+            nonce: marker.nonce,
+        };
+        self.0.releaser.send(&frame.frame()).map_err(|error| {
+            Status::unavailable(format!("sending the marker on interface {}: {error}", self.0.wan.name))
+        })?;
+        Ok(true)
     }
 
     /// Gives indices back once no program run can name them.
@@ -552,7 +601,11 @@ fn bring_up(
 }
 
 const fn options(config: &Config) -> Options {
-    Options { max_users: config.max_users, virtual_router_mac: config.virtual_router_mac }
+    Options {
+        max_users: config.max_users,
+        virtual_router_mac: config.virtual_router_mac,
+        hold: config.hold.bounds(),
+    }
 }
 
 fn introducer([_, wan]: &[Link; 2]) -> Result<Introducer, StartError> {
@@ -632,6 +685,14 @@ impl From<Refusal> for Status {
     }
 }
 
+impl From<HoldFigures> for v1::HoldFigures {
+    fn from(figures: HoldFigures) -> Self {
+        let HoldFigures { frames, bytes, dropped_user_bound, dropped_memory, lost, late, release_us } =
+            figures;
+        Self { frames, bytes, dropped_user_bound, dropped_memory, lost, late, release_us }
+    }
+}
+
 impl From<Invalid> for Status {
     fn from(invalid: Invalid) -> Self {
         Self::invalid_argument(invalid.to_string())
@@ -672,6 +733,8 @@ impl Refusal {
     }
 }
 
+/// The longest a hold may last: an hour, which nobody waits for.
+const HOLD_DEADLINE_MAX_MS: u64 = 3_600_000;
 const CONTROLLER: &[Role] = &[Role::Controller];
 /// Names of what the daemon itself counts, beside the programs' outcomes.
 const GROUP_COUNTERS: [&str; 2] = ["group_copied", "group_not_copied"];
@@ -746,6 +809,7 @@ impl gateway_server::Gateway for Gateway {
             attach_mode: "native".into(),
         };
         let counters = core.plane.counters().map_err(|e| internal(&e))?;
+        let (bounds, held_bytes) = core.plane.holds().usage();
         let copies = self.0.copies.each_ref().map(|copies| copies.load(Ordering::Relaxed));
         Ok(Response::new(v1::GatewayStatus {
             name: self.0.name.clone(),
@@ -786,8 +850,8 @@ impl gateway_server::Gateway for Gateway {
                     to_network: s.to.into(),
                     users: s.users as u32,
                     window_ns: s.window_ns,
-                    phase: "forward".into(),
-                    held: None,
+                    phase: s.phase.into(),
+                    held: (s.phase != "forward").then(|| core.plane.holds().figures(s.index).into()),
                 })
                 .collect(),
             counters: counters
@@ -796,6 +860,11 @@ impl gateway_server::Gateway for Gateway {
                 .chain(GROUP_COUNTERS.into_iter().zip(copies))
                 .map(|(name, frames)| v1::Counter { name: name.into(), frames })
                 .collect(),
+            hold: Some(v1::HoldMemory {
+                memory_bytes: bounds.memory.into(),
+                per_user_bytes: bounds.per_user,
+                held_bytes,
+            }),
             pin_dir: self.0.pin_dir.as_ref().map(|dir| dir.display().to_string()).unwrap_or_default(),
         }))
     }
@@ -912,8 +981,41 @@ impl gateway_server::Gateway for Gateway {
     }
 
     async fn hold(&self, request: Request<v1::HoldRequest>) -> Result<Response<v1::HoldResponse>, Status> {
+        let received_ns = monotonic_ns();
         require_role(&request, CONTROLLER)?;
-        Err(Status::unimplemented("this gateway cannot hold frames"))
+        let v1::HoldRequest { migration, switch, generation, address, deadline_ms, marker } =
+            request.into_inner();
+        let address: Ipv4Addr = address.parse().map_err(|_| {
+            Status::invalid_argument(format!("address `{address}` is no IPv4 address: only those are held"))
+        })?;
+        if !(1..=HOLD_DEADLINE_MAX_MS).contains(&deadline_ms) {
+            return Err(Status::invalid_argument(format!(
+                "deadline_ms = {deadline_ms}: use 1 to {HOLD_DEADLINE_MAX_MS}"
+            )));
+        }
+        if let Some(port) = marker.map(|m| m.port).filter(|port| !(1..=0xffff).contains(port)) {
+            return Err(Status::invalid_argument(format!("marker.port = {port}: use 1 to 65535")));
+        }
+        let (step, holds) = {
+            let mut core = self.core();
+            let step = core.table.hold(&migration, switch, generation, address)?;
+            if !step.again {
+                let deadline_ns = received_ns + deadline_ms * 1_000_000;
+                core.plane.holds().begin(step.index, address, deadline_ns);
+                core.plane
+                    .apply(&[Write::Switch { index: step.index, word: step.word }])
+                    .map_err(|e| internal(&e))?;
+            }
+            (step, Arc::clone(core.plane.holds()))
+        };
+        ended(tokio::task::spawn_blocking(move || holds.settle()).await)?;
+        let took_us = (monotonic_ns() - received_ns) / 1000;
+        let marker_sent = match marker {
+            Some(marker) => self.mark(&step, address, marker)?,
+            None => false,
+        };
+        info!(migration, users = step.users, %address, deadline_ms, again = step.again, took_us, marker_sent, "held");
+        Ok(Response::new(v1::HoldResponse { users: step.users as u32, marker_sent, took_us }))
     }
 
     async fn abort(
@@ -923,16 +1025,17 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
+        self.release(&migration, Selector::A).await?;
         let ending = migration.clone();
-        let (was_switched, retired) = self
+        let (was_switched, held, retired) = self
             .change(move |table| {
                 let step = table.abort(&ending)?;
-                Ok(((step.was_switched, step.retired), step.writes))
+                Ok(((step.was_switched, table.past_hold(&ending), step.retired), step.writes))
             })
             .await?;
         info!(migration, was_switched, "aborted");
         self.retire(retired).await?;
-        Ok(Response::new(v1::AbortSwitchResponse { was_switched, held: None }))
+        Ok(Response::new(v1::AbortSwitchResponse { was_switched, held: held.map(Into::into) }))
     }
 
     async fn finish(
@@ -942,15 +1045,16 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
+        self.release(&migration, Selector::B).await?;
         let ending = migration.clone();
-        let retired = self
+        let (held, retired) = self
             .change(move |table| {
                 let (writes, retired) = table.finish(&ending)?;
-                Ok((retired, writes))
+                Ok(((table.past_hold(&ending), retired), writes))
             })
             .await?;
         info!(migration, "finished");
         self.retire(retired).await?;
-        Ok(Response::new(v1::FinishSwitchResponse::default()))
+        Ok(Response::new(v1::FinishSwitchResponse { held: held.map(Into::into) }))
     }
 }

@@ -21,6 +21,8 @@
 //! abort is noted even if nothing was staged, so that a stage that arrives after it, late, is refused. What is past is
 //! kept for the last [`PAST_MAX`] migrations.
 //!
+//! Between stage and the end of a switch its users' frames may be held: [`hold`].
+//!
 //! Invariants:
 //! - a user is in at most one switch; a switch holds users of one network only;
 //! - what is given as a [`Snapshot`] and restored from it answers every call as before; only what was being staged is not
@@ -36,7 +38,9 @@ use std::{
 };
 
 use gateway_ebpf::{
-    Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord, frame::ip_word, words::Selector,
+    Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord,
+    frame::ip_word,
+    words::{Phase, Selector},
 };
 
 use handover_api::users::{self, DIGEST_LEN};
@@ -152,6 +156,17 @@ pub enum Refusal {
     /// Not switched.
     #[error("migration `{0}` is staged, but not switched: switch or abort it")]
     NotSwitched(String),
+    /// Too late to hold.
+    #[error("migration `{0}` is switched: its users' frames can only be held before that")]
+    Switched(String),
+    /// On the way out already.
+    #[error(
+        "migration `{0}` is being ended here the other way, what was held is being released: ask for that again"
+    )]
+    Releasing(String),
+    /// Frames are held.
+    #[error("migration `{0}` holds frames that are not released yet")]
+    NotReleased(String),
     /// Was aborted.
     #[error("migration `{0}` was aborted here")]
     Aborted(String),
@@ -252,6 +267,8 @@ pub struct SwitchView<'a> {
     pub users: usize,
     /// The window of its store, if that was made.
     pub window_ns: Option<u64>,
+    /// "forward", "hold" or "drain".
+    pub phase: &'static str,
 }
 
 /// A user as `Status` shows it.
@@ -333,6 +350,7 @@ struct Switch {
     /// Of their names.
     digest: [u8; DIGEST_LEN],
     state: State,
+    hold: Option<HoldState>,
 }
 
 /// How a switch names its users again.
@@ -352,8 +370,8 @@ impl<'a> From<&'a Vec<String>> for Named<'a> {
 
 #[derive(Debug, Clone, Copy)]
 enum Ended {
-    Aborted { was_switched: bool },
-    Finished { index: u16, generation: u64, answer: SwitchAnswer },
+    Aborted { was_switched: bool, held: Option<HoldFigures> },
+    Finished { index: u16, generation: u64, answer: SwitchAnswer, held: Option<HoldFigures> },
 }
 
 /// The state.
@@ -644,8 +662,16 @@ impl Table {
         staged.sort_unstable();
         self.generation += 1;
         let digest = users::digest(&staged);
-        let state = State::Staging;
-        let switch = Switch { index, generation: self.generation, from, to, users: staged, digest, state };
+        let switch = Switch {
+            index,
+            generation: self.generation,
+            from,
+            to,
+            users: staged,
+            digest,
+            state: State::Staging,
+            hold: None,
+        };
         let step = self.introduction(&switch);
         self.switches.insert(migration, switch);
         Ok(step)
@@ -709,7 +735,7 @@ impl Table {
         if self.switches.get(migration).is_some_and(|s| s.state == State::Staging)
             && let Some(switch) = self.switches.remove(migration)
         {
-            self.release(&switch);
+            self.set_free(&switch);
             // no word has named it
             self.switch_indices.free.push(switch.index.into());
         }
@@ -730,7 +756,7 @@ impl Table {
         let differs = |what| Err(Refusal::Differs { migration: migration.into(), what });
         let Some(switch) = self.switches.get(migration) else {
             return match self.past.get(migration) {
-                Some(Ended::Finished { index: i, generation: g, answer }) => {
+                Some(Ended::Finished { index: i, generation: g, answer, .. }) => {
                     if (u32::from(*i), *g) == (index, generation) {
                         Ok(SwitchStep::Done(*answer))
                     } else {
@@ -754,9 +780,13 @@ impl Table {
             return differs("users");
         }
         match switch.state {
+            _ if switch.hold.is_some_and(|hold| hold.release == Some(Selector::A)) => {
+                Err(Refusal::Aborted(migration.into()))
+            }
             State::Staging => Err(Refusal::StillStaging(migration.into())),
             State::Staged => {
-                let word = SwitchWord::forward(Selector::B, generation);
+                // the phase stays what it is
+                let word = SwitchWord::new(Selector::B, switch.word().phase(), generation);
                 Ok(SwitchStep::Store { index: switch.index, word })
             }
             State::Switched(answer) => Ok(SwitchStep::Done(answer)),
@@ -774,23 +804,27 @@ impl Table {
     /// Puts everything back.
     ///
     /// # Errors
-    /// [`Refusal::Finished`]: there is no way back.
+    /// [`Refusal::Finished`]: there is no way back; [`Refusal::NotReleased`] while frames are held.
     pub fn abort(&mut self, migration: &str) -> Result<AbortStep, Refusal> {
         let nothing =
             |was_switched| AbortStep { writes: Vec::new(), retired: Retired::default(), was_switched };
+        let held = match self.switches.get(migration) {
+            Some(switch) => switch.may_end(migration)?,
+            None => None,
+        };
         let Some(switch) = self.switches.remove(migration) else {
             return match self.past.get(migration) {
                 Some(Ended::Finished { .. }) => Err(Refusal::Finished(migration.into())),
-                Some(Ended::Aborted { was_switched }) => Ok(nothing(*was_switched)),
+                Some(Ended::Aborted { was_switched, .. }) => Ok(nothing(*was_switched)),
                 None => {
-                    self.remember(migration, Ended::Aborted { was_switched: false });
+                    self.remember(migration, Ended::Aborted { was_switched: false, held: None });
                     Ok(nothing(false))
                 }
             };
         };
-        self.release(&switch);
+        self.set_free(&switch);
         let was_switched = matches!(switch.state, State::Switched(_));
-        self.remember(migration, Ended::Aborted { was_switched });
+        self.remember(migration, Ended::Aborted { was_switched, held });
         if switch.state == State::Staging {
             self.switch_indices.free.push(switch.index.into());
             return Ok(nothing(false));
@@ -807,7 +841,7 @@ impl Table {
     /// Makes the new network the users' only one.
     ///
     /// # Errors
-    /// [`Refusal`] unless the migration is switched, or unknown here.
+    /// [`Refusal`] unless the migration is switched and holds no frames, or is unknown here.
     pub fn finish(&mut self, migration: &str) -> Result<(Vec<Write>, Retired), Refusal> {
         let Some(switch) = self.switches.get(migration) else {
             return match self.past.get(migration) {
@@ -820,9 +854,10 @@ impl Table {
             State::Staging => return Err(Refusal::StillStaging(migration.into())),
             State::Staged => return Err(Refusal::NotSwitched(migration.into())),
         };
+        let held = switch.may_end(migration)?;
         let switch = switch.clone();
         self.switches.remove(migration);
-        self.release(&switch);
+        self.set_free(&switch);
         for name in &switch.users {
             if let Some(user) = self.users.get_mut(name) {
                 user.network = Arc::clone(&switch.to);
@@ -830,7 +865,7 @@ impl Table {
         }
         self.remember(
             migration,
-            Ended::Finished { index: switch.index, generation: switch.generation, answer },
+            Ended::Finished { index: switch.index, generation: switch.generation, answer, held },
         );
         let writes = self.rest(&switch.users, &switch.to).collect();
         Ok((writes, Retired { switches: vec![switch.index.into()], ..Retired::default() }))
@@ -841,7 +876,7 @@ impl Table {
         users.iter().map(move |name| Write::UserWord { slot: self.users[name].slot, word })
     }
 
-    fn release(&mut self, switch: &Switch) {
+    fn set_free(&mut self, switch: &Switch) {
         self.hearing += 1;
         for name in &switch.users {
             if let Some(user) = self.users.get_mut(name) {
@@ -968,6 +1003,11 @@ impl Table {
                 State::Switched(answer) => Some(answer.window_ns),
                 State::Staging | State::Staged => None,
             },
+            phase: match s.word().phase() {
+                Phase::Forward => "forward",
+                Phase::Hold => "hold",
+                Phase::Drain => "drain",
+            },
         })
     }
 }
@@ -995,6 +1035,10 @@ fn same_users(staged: &[Arc<str>], named: &[String]) -> bool {
     named.sort_unstable();
     staged.iter().zip(named).all(|(a, b)| **a == *b)
 }
+
+mod hold;
+use hold::HoldState;
+pub use hold::{HoldFigures, HoldStep, Release};
 
 mod snapshot;
 pub use snapshot::{Snapshot, SnapshotError};

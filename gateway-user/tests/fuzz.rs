@@ -8,7 +8,7 @@ use std::{cell::RefCell, time::Instant};
 use gateway_ebpf::Outcome;
 use handover_gateway::{
     fuzz::{self, Given, Harness, Random, Tally},
-    oracle::{Network, Place, User, World},
+    oracle::{Hold, Network, Place, User, World},
     plane::Side,
 };
 use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
@@ -66,6 +66,8 @@ fn a_million_generated_frames_do_what_the_oracle_says() {
 fn a_program_that_did_otherwise_would_be_noticed() {
     let mut harness = Harness::new().expect("this test needs root");
     let mut random = Random(7);
+    let user =
+        |n, place, hold| User { mac: [2, 0, 0, 0, 1, n], addresses: vec![[10, 1, 0, 100 + n]], place, hold };
     // a world in which every rule matters
     let world = World {
         virtual_mac: [0x02, 0x48, 0x4f, 0, 0, 1],
@@ -74,9 +76,12 @@ fn a_program_that_did_otherwise_would_be_noticed() {
             Network { vid: None, router: Some([2, 0, 0, 0, 0x0a, 2]), address: [10, 1, 0, 1] },
         ],
         users: vec![
-            User { mac: [2, 0, 0, 0, 1, 0], addresses: vec![[10, 1, 0, 100]], place: Place::Switched(0, 1) },
-            User { mac: [2, 0, 0, 0, 1, 1], addresses: vec![[10, 1, 0, 101]], place: Place::On(0) },
+            user(0, Place::Switched(0, 1), Hold::Holding),
+            user(1, Place::On(0), Hold::No),
+            user(2, Place::Staged(0, 1), Hold::Draining),
         ],
+        service: [203, 0, 113, 10],
+        memory_full: false,
         access_largest: 1514,
         wan_largest: 1514,
     };
@@ -90,7 +95,7 @@ fn a_program_that_did_otherwise_would_be_noticed() {
     assert!(agree(&world));
 
     type Spoil = fn(&mut World);
-    let spoils: [Spoil; 10] = [
+    let spoils: [Spoil; 16] = [
         |w| w.virtual_mac[5] ^= 1,
         |w| w.networks[0].vid = Some(2),
         |w| w.networks[0].router = None,
@@ -101,6 +106,12 @@ fn a_program_that_did_otherwise_would_be_noticed() {
         |w| w.users[1].addresses = vec![[10, 1, 0, 102]],
         |w| w.access_largest -= 1,
         |w| w.wan_largest -= 1,
+        |w| w.service[3] ^= 1,
+        |w| w.memory_full = true,
+        |w| w.users[0].hold = Hold::No,
+        |w| w.users[0].hold = Hold::Full,
+        |w| w.users[2].hold = Hold::Expired,
+        |w| w.users[2].hold = Hold::Drained,
     ];
     for (i, spoil) in spoils.into_iter().enumerate() {
         let mut other = world.clone();

@@ -10,6 +10,7 @@ use gateway_ebpf::{
 };
 
 use super::{
+    keep::{Keep, keep},
     maps::{FoundNetwork, FoundUser, USER_INDEX, virtual_router_mac},
     neighbour::answer_for_router,
     tags::{BadTags, Headers, at, fits, pop_tag, push_tag, redirect},
@@ -47,14 +48,22 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let run = Watched::begin(cpu).ok_or(Outcome::Internal)?;
     let result = match user.select(word) {
         None => Err(Outcome::AccessGeneration),
-        Some(selection) => {
-            let result = send(ctx, eth, &headers, &user, selection.network);
-            // `a` is what the switch turns away from
-            if matches!(result, Ok(Outcome::AccessForwarded)) && selection.network == word.a() {
-                stamp(cpu, word.switch());
-            }
-            result
-        }
+        Some(selection) => match keep(ctx, &headers, slot, word, selection.phase) {
+            Keep::Kept(result) => result,
+            kept => match send(ctx, eth, &headers, &user, selection.network) {
+                Ok(Outcome::AccessForwarded) => {
+                    // `a` is what the switch turns away from
+                    if selection.network == word.a() {
+                        stamp(cpu, word.switch());
+                    }
+                    Ok(match kept {
+                        Keep::Expired => Outcome::AccessHoldExpired,
+                        _ => Outcome::AccessForwarded,
+                    })
+                }
+                other => other,
+            },
+        },
     };
     run.end();
     result

@@ -15,6 +15,7 @@ use gateway_bench_ebpf::{FRAME_LEN, IP, IP_AT, JOURNAL, Next, OUT, SOURCE_AT, US
 use handover_api::v1;
 use handover_gateway::{
     desired::Desired,
+    hold::Bounds,
     mac::Mac,
     mapping::Mapping,
     plane::{Options, Plane, Side, grace_period},
@@ -344,8 +345,8 @@ pub fn inventory(users: u32) -> v1::ConfigureRequest {
 
 /// The gateway's table and plane with `users` users on the old network, between two interfaces; attached to neither.
 pub fn gateway(users: u32, access: u32, wan: u32) -> anyhow::Result<(Table, Plane)> {
-    let mut plane = Plane::load(&Options { max_users: users, virtual_router_mac: VIRTUAL_ROUTER })
-        .context("the benchmark loads the real programs")?;
+    let options = Options { max_users: users, virtual_router_mac: VIRTUAL_ROUTER, hold: Bounds::default() };
+    let mut plane = Plane::load(&options).context("the benchmark loads the real programs")?;
     plane.set_port(Side::Access, access, LARGEST)?;
     plane.set_port(Side::Wan, wan, LARGEST)?;
     let desired = Desired::new(&inventory(users), VIRTUAL_ROUTER)?;

@@ -12,8 +12,8 @@ use handover_api::users;
 use serde::{Deserialize, Serialize};
 
 use super::{
-    ACCESS_PORT, Ended, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table, UserSpec,
-    UserState, WAN_PORT, Write, slots_for,
+    ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table,
+    UserSpec, UserState, WAN_PORT, Write, slots_for,
 };
 use crate::mac::Mac;
 
@@ -74,8 +74,18 @@ struct PastRecord {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "snake_case")]
 enum EndedRecord {
-    Aborted { was_switched: bool },
-    Finished { index: u16, generation: u64, answer: SwitchAnswer },
+    Aborted {
+        was_switched: bool,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        held: Option<HoldFigures>,
+    },
+    Finished {
+        index: u16,
+        generation: u64,
+        answer: SwitchAnswer,
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        held: Option<HoldFigures>,
+    },
 }
 
 /// Why a snapshot cannot be the state of a table.
@@ -189,9 +199,9 @@ impl Table {
                 .iter()
                 .filter_map(|migration| {
                     let ended = match *self.past.get(migration)? {
-                        Ended::Aborted { was_switched } => EndedRecord::Aborted { was_switched },
-                        Ended::Finished { index, generation, answer } => {
-                            EndedRecord::Finished { index, generation, answer }
+                        Ended::Aborted { was_switched, held } => EndedRecord::Aborted { was_switched, held },
+                        Ended::Finished { index, generation, answer, held } => {
+                            EndedRecord::Finished { index, generation, answer, held }
                         }
                     };
                     Some(PastRecord { migration: migration.to_string(), ended })
@@ -279,7 +289,9 @@ impl Table {
             users.sort_unstable();
             let state = s.switched.map_or(State::Staged, State::Switched);
             let digest = users::digest(&users);
-            let switch = Switch { index: s.index, generation: s.generation, from, to, users, digest, state };
+            let (index, generation) = (s.index, s.generation);
+            // what is held is known to the maps: they tell (`adopt`), or it is gone with them
+            let switch = Switch { index, generation, from, to, users, digest, state, hold: None };
             table.generation = table.generation.max(s.generation);
             table.switches.insert(migration, switch);
         }
@@ -287,9 +299,9 @@ impl Table {
 
         for past in &snapshot.past {
             let ended = match past.ended {
-                EndedRecord::Aborted { was_switched } => Ended::Aborted { was_switched },
-                EndedRecord::Finished { index, generation, answer } => {
-                    Ended::Finished { index, generation, answer }
+                EndedRecord::Aborted { was_switched, held } => Ended::Aborted { was_switched, held },
+                EndedRecord::Finished { index, generation, answer, held } => {
+                    Ended::Finished { index, generation, answer, held }
                 }
             };
             table.remember(&past.migration, ended);
@@ -314,22 +326,23 @@ impl Table {
         }
     }
 
-    /// Takes over from the maps what happened after the last snapshot: stores of switches, told by their generation, and
-    /// routers that were heard. Answers with the migrations that turn out to be switched.
+    /// Takes over from the maps what happened after the last snapshot: stores of switches, told by their generation, holds
+    /// (with the address that `switch` tells third), and routers that were heard. Answers with the migrations that turn out to be switched.
     pub fn adopt(
         &mut self,
-        switch: impl Fn(u16) -> (SwitchWord, SwitchAnswer),
+        switch: impl Fn(u16) -> (SwitchWord, SwitchAnswer, Ipv4Addr),
         network: impl Fn(u16) -> Network,
     ) -> Vec<Arc<str>> {
         let mut found = Vec::new();
         for (migration, s) in &mut self.switches {
-            let (word, answer) = switch(s.index);
+            let (word, answer, held) = switch(s.index);
             let made = word.selector() == Selector::B
                 && word.same_generation(SwitchWord::forward(Selector::B, s.generation));
             if made && s.state == State::Staged {
                 s.state = State::Switched(answer);
                 found.push(Arc::clone(migration));
             }
+            s.adopt_hold(word, held);
         }
         for n in self.networks.values_mut() {
             let words = network(n.index);
@@ -356,12 +369,9 @@ impl Table {
             writes.push(Write::Vid { vid: n.spec.vid.unwrap_or(0), index });
         }
         for s in self.switches.values() {
-            let selector = match s.state {
-                State::Staging => continue,
-                State::Staged => Selector::A,
-                State::Switched(_) => Selector::B,
-            };
-            writes.push(Write::Switch { index: s.index, word: SwitchWord::forward(selector, s.generation) });
+            if s.state != State::Staging {
+                writes.push(Write::Switch { index: s.index, word: s.word() });
+            }
         }
         for u in self.users.values() {
             let slot = u.slot;

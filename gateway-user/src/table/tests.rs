@@ -111,6 +111,8 @@ fn names(users: &[&str]) -> Vec<String> {
     users.iter().map(ToString::to_string).collect()
 }
 
+const V: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
+
 const BOTH: &[&str] = &["hanako", "taro"];
 
 impl World {
@@ -191,7 +193,7 @@ impl World {
         table.adopt(
             |index| {
                 let word = SwitchWord(self.maps.switches.get(&index).copied().unwrap_or(0));
-                (word, SwitchAnswer { window_ns: 7, store_latency_ns: 8 })
+                (word, SwitchAnswer { window_ns: 7, store_latency_ns: 8 }, V)
             },
             |_| gateway_ebpf::Network { router: 0, link: 0, address: 0 },
         );

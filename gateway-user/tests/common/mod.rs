@@ -2,11 +2,14 @@
 //! program by the kernel (`BPF_PROG_TEST_RUN`) and comes back with the verdict and the outcome that was counted.
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod lab;
+
 use aya::programs::{TestRun as _, TestRunOptions};
 use gateway_ebpf::Outcome;
 use handover_api::v1;
 use handover_gateway::{
     desired::Desired,
+    hold::Bounds,
     mac::Mac,
     plane::{Options, Plane, Side},
     table::{StageAnswer, SwitchAnswer, SwitchStep, Table, Write},
@@ -27,6 +30,8 @@ pub const HANAKO_IP: [u8; 4] = [10, 1, 0, 101];
 pub const IPV4: u16 = 0x0800;
 pub const ARP: u16 = 0x0806;
 
+/// Bounds on what is held.
+pub const HELD: Bounds = Bounds { memory: 1 << 20, per_user: 1 << 18 };
 /// Index of the loopback interface, on which test runs seem to arrive.
 const LOOPBACK: u32 = 1;
 
@@ -77,8 +82,12 @@ pub fn inventory() -> v1::ConfigureRequest {
 
 impl Rig {
     pub fn empty(max_users: u32) -> Self {
-        let mut plane =
-            Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL }).expect("these tests need root");
+        Self::bounded(max_users, HELD)
+    }
+
+    pub fn bounded(max_users: u32, hold: Bounds) -> Self {
+        let mut plane = Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold })
+            .expect("these tests need root");
         for side in [Side::Access, Side::Wan] {
             plane.set_port(side, LOOPBACK, 1514).unwrap();
         }

@@ -104,6 +104,35 @@ async fn local(path: &Path) -> anyhow::Result<Channel> {
         .with_context(|| format!("socket {shown}"))
 }
 
+fn held_json(held: &v1::HoldFigures) -> Value {
+    json!({
+        "frames": held.frames, "bytes": held.bytes, "dropped_user_bound": held.dropped_user_bound,
+        "dropped_memory": held.dropped_memory, "lost": held.lost, "late": held.late,
+    })
+}
+
+fn held_text(held: &v1::HoldFigures) -> String {
+    let mut text = format!("{} frames", held.frames);
+    let others = [
+        (held.dropped_user_bound + held.dropped_memory, "dropped"),
+        (held.lost, "lost"),
+        (held.late, "late"),
+    ];
+    for (frames, what) in others.into_iter().filter(|(frames, _)| *frames > 0) {
+        text.push_str(&format!(", {frames} {what}"));
+    }
+    text
+}
+
+fn memory_text(hold: &v1::HoldMemory) -> String {
+    format!(
+        "{} KiB of {} MiB, {} KiB a user",
+        hold.held_bytes.div_ceil(1 << 10),
+        hold.memory_bytes >> 20,
+        hold.per_user_bytes >> 10
+    )
+}
+
 /// An empty text is nothing.
 fn given(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
@@ -122,6 +151,9 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
             })).collect::<Value>(),
             "networks": status.networks.len(),
             "users": status.users.len(),
+            "hold": status.hold.as_ref().map(|h| json!({
+                "memory_bytes": h.memory_bytes, "per_user_bytes": h.per_user_bytes, "held_bytes": h.held_bytes,
+            })),
             "switches": status.switches.len(),
             "counters": status.counters.iter().map(|c| (c.name.clone(), c.frames.into()))
                 .collect::<serde_json::Map<_, _>>(),
@@ -153,7 +185,7 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
                 json!({
                     "migration": s.migration, "state": s.state, "from": s.from_network, "to": s.to_network,
                     "users": s.users, "switch": s.switch, "generation": s.generation,
-                    "window_ns": s.window_ns,
+                    "window_ns": s.window_ns, "phase": s.phase, "held": s.held.as_ref().map(held_json),
                 })
             })
             .collect(),
@@ -178,6 +210,7 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
                     vec!["networks".into(), status.networks.len().to_string()],
                     vec!["users".into(), status.users.len().to_string()],
                     vec!["switches".into(), status.switches.len().to_string()],
+                    vec!["held frames".into(), status.hold.as_ref().map_or_else(|| "-".into(), memory_text)],
                 ],
             );
             let interfaces = status
@@ -234,10 +267,12 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
                     s.to_network.clone(),
                     s.users.to_string(),
                     window,
+                    s.phase.clone(),
+                    s.held.as_ref().map_or_else(|| "-".into(), held_text),
                 ]
             };
             lines(
-                &["MIGRATION", "STATE", "FROM", "TO", "USERS", "WINDOW"],
+                &["MIGRATION", "STATE", "FROM", "TO", "USERS", "WINDOW", "PHASE", "HELD"],
                 &[4, 5],
                 status.switches.iter().map(row).collect(),
             )

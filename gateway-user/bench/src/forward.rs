@@ -201,6 +201,9 @@ struct Held {
     cpu_time: Box<dyn Fn() -> anyhow::Result<i64>>,
 }
 
+/// Sets a way up for so many users, or says why it cannot be.
+type SetUp = fn(u32) -> anyhow::Result<Result<Held, String>>;
+
 /// A way that works where the frames are made: on this thread's CPU, or in the thread that takes over from it.
 fn here(way: impl std::any::Any) -> anyhow::Result<Result<Held, String>> {
     let softirq = place::thread_named("ksoftirqd/0")?;
@@ -209,7 +212,7 @@ fn here(way: impl std::any::Any) -> anyhow::Result<Result<Held, String>> {
 }
 
 fn live(users: u32, speaking: u32) -> anyhow::Result<Vec<Live>> {
-    let ways: [(&'static str, bool, fn(u32) -> anyhow::Result<Result<Held, String>>); 6] = [
+    let ways: [(&'static str, bool, SetUp); 6] = [
         ("bare redirect", true, bare),
         ("handover", true, handover),
         ("tc, bare redirect", false, tc_bare),
@@ -228,13 +231,7 @@ fn live(users: u32, speaking: u32) -> anyhow::Result<Vec<Live>> {
     Ok(rows)
 }
 
-fn live_row(
-    users: u32,
-    speaking: u32,
-    way: &'static str,
-    xdp: bool,
-    set_up: fn(u32) -> anyhow::Result<Result<Held, String>>,
-) -> anyhow::Result<Live> {
+fn live_row(users: u32, speaking: u32, way: &'static str, xdp: bool, set_up: SetUp) -> anyhow::Result<Live> {
     place::cable("user0", "acc0")?;
     place::cable("wan0", "up0")?;
     for end in ["acc0", "wan0"] {

@@ -73,7 +73,7 @@ impl Ovs {
             }
             let switch = Running::start(&mut command)?;
             Self {
-                switch: switch,
+                switch,
                 _database: database,
                 version: version.split_whitespace().nth(3).unwrap_or("unknown").into(),
                 dir,

@@ -8,7 +8,8 @@
 //! ```
 //!
 //! After each batch every frame of it is accounted for ([`Tally`]). The check is checked in the same run: frames that all
-//! get one and the same tag have to be found wrong, and frames that are dropped to be found lost.
+//! get the old network's tag while the new one is selected have to be found wrong, and frames that are dropped to be found
+//! lost.
 
 use std::{
     hint,
@@ -53,7 +54,7 @@ pub struct Live {
     pub windows_with_old_frames: u64,
     /// The same of those alone.
     pub window_if_any: Option<Times>,
-    /// Frames with one and the same tag, of which those sent while another network was selected are wrong.
+    /// Frames with the old network's tag, sent while the new one was selected.
     pub planted_wrong: Tally,
     /// Frames that were dropped.
     pub planted_lost: Tally,
@@ -66,18 +67,18 @@ pub fn run(flips: u64) -> anyhow::Result<Live> {
     let (mut table, mut plane) = rig::gateway(USERS, LOOPBACK, wan)?;
     let staged = rig::stage(&mut table, &mut plane, USERS)?;
 
-    let through = |next, flips| -> anyhow::Result<(Tally, Vec<u64>)> {
+    let load = |next| -> anyhow::Result<Programs> {
         let mut programs = Programs::load(USERS, next, 0)?;
         programs.hand_on_to_gateway(&plane)?;
         programs.send_to(wan)?;
         programs.attach("sink", "up0")?;
-        send_and_turn(&programs, &plane, staged, flips)
+        Ok(programs)
     };
-    let (planted_wrong, _) = through(Next::RedirectTagged, None)?;
-    ensure!(planted_wrong.wrong > 0, "the check finds no fault where there is one: {planted_wrong:?}");
-    let (planted_lost, _) = through(Next::Drop, None)?;
-    ensure!(planted_lost.lost == planted_lost.frames, "the check misses lost frames: {planted_lost:?}");
-    let (frames, windows) = through(Next::Handover, Some(flips))?;
+    let planted_wrong = send_on_new(&load(Next::RedirectTagged)?)?;
+    ensure!(planted_wrong.wrong == planted_wrong.frames, "wrong frames are missed: {planted_wrong:?}");
+    let planted_lost = send_on_new(&load(Next::Drop)?)?;
+    ensure!(planted_lost.lost == planted_lost.frames, "lost frames are missed: {planted_lost:?}");
+    let (frames, windows) = send_and_turn(&load(Next::Handover)?, &plane, staged, flips)?;
 
     let some: Vec<u64> = windows.iter().copied().filter(|w| *w > 0).collect();
     place::ip("link del wan0")?;
@@ -102,12 +103,20 @@ impl Drop for Stop<'_> {
     }
 }
 
-/// Until as many switches are made, or, without a number, [`PLANTED`] frames are sent.
+/// [`PLANTED`] frames while, as far as the journal is told, the new network is selected and stays so.
+fn send_on_new(programs: &Programs) -> anyhow::Result<Tally> {
+    let (begun, done) = programs.clock();
+    begun.store(1, Ordering::SeqCst);
+    done.store(1, Ordering::SeqCst);
+    send(programs, Some(PLANTED), &AtomicBool::new(false))
+}
+
+/// Until as many switches are made.
 fn send_and_turn(
     programs: &Programs,
     plane: &Plane,
     staged: StageAnswer,
-    flips: Option<u64>,
+    flips: u64,
 ) -> anyhow::Result<(Tally, Vec<u64>)> {
     let (stop_sending, stop_turning) = (AtomicBool::new(false), AtomicBool::new(false));
     thread::scope(|scope| {
@@ -124,7 +133,7 @@ fn send_and_turn(
         let sending = scope.spawn(|| {
             let _stop = Stop(&stop_turning);
             pin(0)?;
-            send(programs, flips.is_none().then_some(PLANTED), &stop_sending)
+            send(programs, None, &stop_sending)
         });
         let ended = |_| anyhow::anyhow!("a thread of the benchmark panicked");
         let tally = sending.join().map_err(ended)??;
@@ -136,13 +145,13 @@ fn turn(
     programs: &Programs,
     plane: &Plane,
     StageAnswer { switch, generation, .. }: StageAnswer,
-    flips: Option<u64>,
+    flips: u64,
     stop: &AtomicBool,
 ) -> Vec<u64> {
     let (begun, done) = programs.clock();
-    let mut windows = Vec::with_capacity(flips.unwrap_or(0) as usize);
+    let mut windows = Vec::with_capacity(flips as usize);
     let mut stores = 0;
-    while !stop.load(Ordering::Acquire) && flips.is_none_or(|flips| (windows.len() as u64) < flips) {
+    while !stop.load(Ordering::Acquire) && (windows.len() as u64) < flips {
         for selector in [Selector::B, Selector::A] {
             stores += 1;
             begun.store(stores, Ordering::SeqCst);
@@ -216,7 +225,7 @@ impl Live {
             }
         }
         println!(
-            "  the check checked: one tag for all: {} of {} found wrong; all dropped: {} of {} found lost",
+            "  the check checked: the old tag for all: {} of {} found wrong; all dropped: {} of {} found lost",
             self.planted_wrong.wrong,
             self.planted_wrong.frames,
             self.planted_lost.lost,

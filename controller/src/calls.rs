@@ -2,11 +2,11 @@
 //!
 //! How long each is waited for and when it is asked again is in [`crate::patience`]; every call is idempotent by migration.
 
-use std::{future::Future, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, future::Future, sync::Arc, time::Duration};
 
 use handover_api::{users, v1};
 use tokio::{
-    sync::mpsc::UnboundedSender,
+    sync::{mpsc::UnboundedSender, watch},
     task::JoinSet,
     time::{Instant, sleep, timeout, timeout_at},
 };
@@ -16,10 +16,10 @@ use crate::{
     controller::Controller,
     driver::Clock,
     inventory::Target,
-    patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
+    patience::{self, Asking, CONFIRM, Confirming, MARKER, PREFLIGHT, RELEASE},
     peers::{self, Kind},
     session::{
-        Command, Event, Finding, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
+        Command, Event, Finding, Held, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
     },
 };
 
@@ -37,6 +37,8 @@ pub(crate) struct Call {
     pub memory_bytes: u64,
     /// An operator has ended its doubt.
     pub resolved: bool,
+    /// Of the undo at a gateway that may hold frames: turns true when the source has undone its part.
+    pub after_source: Option<watch::Receiver<bool>>,
     pub events: UnboundedSender<(Command, Event)>,
 }
 
@@ -74,7 +76,11 @@ impl Call {
                     destination: Some(server(&self.plan.to)),
                     user_addresses: self.plan.user_addresses(),
                     allow_other_peers: self.plan.allow_other_peers,
-                    ..v1::PrepareRequest::default()
+                    marker_port: self
+                        .plan
+                        .hold
+                        .filter(|_| !self.plan.gateways.is_empty())
+                        .map_or(0, |h| h.marker_port.into()),
                 };
                 let answer = self.before(|deadline| {
                     let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
@@ -85,7 +91,10 @@ impl Call {
                     Err(f) => self.failed(Step::Prepare, self.source_name(), f, sent_us),
                 }
             }
-            Command::Freeze => self.freeze(id, sent_us).await,
+            Command::Hold(gateway, switch, generation) => {
+                self.hold(id, gateway, switch, generation, sent_us).await
+            }
+            Command::Freeze(markers) => self.freeze(id, &markers, sent_us).await,
             Command::Switch(gateway, switch, generation) => {
                 let request = v1::SwitchRequest {
                     migration: id,
@@ -129,11 +138,40 @@ impl Call {
         let _ = self.events.send((self.command, event));
     }
 
-    async fn freeze(&self, migration: String, sent_us: u64) -> Event {
+    async fn hold(
+        &self,
+        migration: String,
+        gateway: String,
+        switch: u32,
+        generation: u64,
+        sent_us: u64,
+    ) -> Event {
+        let port = self.plan.hold.map_or(0, |h| h.marker_port);
+        let deadline_ms = patience::hold_deadline(self.memory_bytes).as_millis();
+        let request = v1::HoldRequest {
+            migration,
+            switch,
+            generation,
+            address: self.plan.address.clone(),
+            deadline_ms: u64::try_from(deadline_ms).unwrap_or(u64::MAX),
+            marker: (port != 0).then(|| v1::Marker { port: port.into(), nonce: self.plan.nonce(&gateway) }),
+        };
+        let answer = self.before(|deadline| {
+            let (client, request) = (self.gateway(&gateway), with_deadline(request.clone(), deadline));
+            async move { client?.hold(request).await }
+        });
+        match answer.await {
+            Ok(r) => Event::Held { gateway, marker_sent: r.marker_sent, sent_us },
+            Err(f) => self.failed(Step::Hold, format!("gateway {gateway}"), f, sent_us),
+        }
+    }
+
+    async fn freeze(&self, migration: String, markers: &BTreeSet<String>, sent_us: u64) -> Event {
         let request = v1::FreezeRequest {
             migration,
             yield_with_vote: self.plan.policy == Policy::Disaster,
-            ..v1::FreezeRequest::default()
+            markers: markers.iter().map(|g| self.plan.nonce(g)).collect(),
+            marker_wait_ms: u64::try_from(MARKER.as_millis()).unwrap_or(u64::MAX),
         };
         let answer = self.before(|deadline| {
             let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
@@ -161,6 +199,10 @@ impl Call {
 
     /// After the decision: until it is confirmed.
     async fn confirm(&self, migration: String) -> Event {
+        if let Some(mut undone) = self.after_source.clone() {
+            // late or not, the frames have to go
+            let _ = timeout(RELEASE, undone.wait_for(|undone| *undone)).await;
+        }
         let mut confirming = Confirming::new(&self.command);
         let began = Instant::now();
         loop {
@@ -196,14 +238,16 @@ impl Call {
                 Event::Ended { sent_us }
             }
             Command::Finish(gateway) => {
-                self.finish(gateway).await?;
-                Event::Finished { gateway: gateway.clone(), sent_us }
+                let held = self.finish(gateway).await?;
+                Event::Finished { gateway: gateway.clone(), held, sent_us }
             }
             Command::Undo(participant) => {
+                let mut held = None;
                 let alive = match participant {
                     Participant::Gateway(g) => {
                         let request = v1::AbortSwitchRequest { migration };
-                        self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        let answer = self.gateway(g)?.abort(with_deadline(request, CONFIRM)).await?;
+                        held = answer.into_inner().held.map(figures);
                         if self.resolved {
                             // one that was started again after COMMIT has been told the new network
                             let back = format!("{}-back", self.plan.id);
@@ -218,7 +262,7 @@ impl Call {
                         self.migrator(side)?.abort(request).await?.into_inner().alive
                     }
                 };
-                Event::Undone { participant: participant.clone(), alive, sent_us }
+                Event::Undone { participant: participant.clone(), alive, held, sent_us }
             }
             other => return Err(Status::internal(format!("{other:?} is not confirmed"))),
         })
@@ -227,12 +271,13 @@ impl Call {
     /// Finish, and see that the users are where the decision put them: a gateway that was started again between switch
     /// and finish may know nothing of the switch, and confirm that there is nothing left to finish. Then it switches
     /// again, under a name of its own; an attempt at that which was cut short is gone on with.
-    async fn finish(&self, gateway: &str) -> Result<(), Status> {
+    async fn finish(&self, gateway: &str) -> Result<Option<Held>, Status> {
         let plan = &self.plan;
         let again = format!("{}-again", plan.id);
         let request = v1::FinishSwitchRequest { migration: plan.id.clone() };
-        self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?;
-        self.see_users_on(gateway, &plan.to.network, &again).await
+        let answer = self.gateway(gateway)?.finish(with_deadline(request, CONFIRM)).await?.into_inner();
+        self.see_users_on(gateway, &plan.to.network, &again).await?;
+        Ok(answer.held.map(figures))
     }
 
     /// Moves those users of the migration who are on another network than `network`, as migration `again`.
@@ -363,6 +408,17 @@ fn with_deadline<T>(message: T, deadline: Duration) -> Request<T> {
     let mut request = Request::new(message);
     request.set_timeout(deadline);
     request
+}
+
+fn figures(f: v1::HoldFigures) -> Held {
+    Held {
+        frames: f.frames,
+        bytes: f.bytes,
+        dropped: f.dropped_user_bound + f.dropped_memory,
+        lost: f.lost,
+        late: f.late,
+        release_us: f.release_us,
+    }
 }
 
 fn service(plan: &Plan) -> v1::ServiceSpec {

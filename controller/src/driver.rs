@@ -13,14 +13,14 @@ use std::{
 };
 
 use tokio::{
-    sync::{mpsc, oneshot},
+    sync::{mpsc, oneshot, watch},
     task::{AbortHandle, JoinSet},
 };
 
 use crate::{
     calls::Call,
     controller::{Controller, Fatal},
-    session::{Command, Decision, Entry, Event, Session},
+    session::{Command, Decision, Entry, Event, Participant, Session, State},
     world::Record,
 };
 
@@ -95,6 +95,7 @@ pub(crate) async fn drive(
         tasks: JoinSet::new(),
         calls: BTreeMap::new(),
         unwritten: Vec::new(),
+        source_undone: watch::Sender::new(false),
         controller,
     };
     let mut stopping = driver.controller.stopping();
@@ -119,6 +120,8 @@ struct Driver {
     calls: BTreeMap<Command, AbortHandle>,
     /// Events that are written with the next one that has to be durable.
     unwritten: Vec<Record>,
+    /// The source has undone its part.
+    source_undone: watch::Sender<bool>,
 }
 
 impl Driver {
@@ -187,6 +190,9 @@ impl Driver {
             self.controller.append(std::mem::take(&mut self.unwritten)).await?;
         }
         self.session = self.controller.take(&record)?;
+        if matches!(entry.event, Event::Undone { participant: Participant::Source, .. }) {
+            self.source_undone.send_replace(true);
+        }
         tracing::info!(session = %self.id, event = entry.event.name(), state = self.session.state.name(), "session");
         Ok(())
     }
@@ -224,7 +230,11 @@ impl Driver {
             Event::Checked { memory_bytes, .. } => Some(memory_bytes),
             _ => None,
         });
+        let releases = matches!(command, Command::Undo(Participant::Gateway(_)))
+            && self.session.plan.hold.is_some()
+            && matches!(self.session.state, State::Aborting { frozen: true, .. });
         let call = Call {
+            after_source: releases.then(|| self.source_undone.subscribe()),
             controller: Arc::clone(&self.controller),
             plan: Arc::clone(&self.session.plan),
             command: command.clone(),

@@ -98,6 +98,14 @@ pub struct Service {
     pub users: Users,
     /// Its process.
     pub target: Target,
+    /// UDP port on v where a gateway's marker tells the source that no frame of a held user is under way; 0: none is sent.
+    #[serde(default = "default_marker_port")]
+    pub marker_port: u16,
+}
+
+/// Not assigned by IANA, and outside the range that Linux takes ephemeral ports from.
+fn default_marker_port() -> u16 {
+    7446
 }
 
 /// Everything declared, by name.
@@ -218,6 +226,8 @@ struct RawService {
     servers: BTreeMap<String, Text>,
     users: Spanned<toml::Value>,
     target: Spanned<RawTarget>,
+    #[serde(default = "default_marker_port")]
+    marker_port: u16,
 }
 
 #[derive(Deserialize)]
@@ -529,6 +539,7 @@ fn services(c: &mut Checker<'_>, raw: &[RawService], inv: &mut Inventory) {
             servers: s.servers.iter().map(|(k, v)| (k.clone(), v.get_ref().clone())).collect(),
             users: service_users(c, &whose, &s.users, inv),
             target: target(c, &whose, &s.target),
+            marker_port: s.marker_port,
         };
         c.insert("service", &s.name, service, &mut inv.services);
     }

@@ -19,6 +19,8 @@ pub const CONFIRM: Duration = Duration::from_secs(5);
 
 const STAGE: Duration = Duration::from_secs(10);
 const PREPARE: Duration = Duration::from_secs(20);
+/// The users' frames wait.
+const HOLD: Duration = Duration::from_secs(3);
 /// Plus a second for each [`FREEZE_RATE`] of memory.
 const FREEZE: Duration = Duration::from_secs(30);
 /// What the slowest link that makes sense carries in a second, in bytes.
@@ -30,6 +32,11 @@ const YIELD: Duration = Duration::from_secs(3);
 const ASK_AGAIN: Duration = Duration::from_secs(3);
 /// The same, while the service is frozen and nothing but a short call is missing.
 const ASK_AGAIN_FROZEN: Duration = Duration::from_millis(1500);
+/// What the source gives the gateways' markers to arrive, and the service to read what has arrived, before it freezes.
+pub const MARKER: Duration = Duration::from_millis(300);
+/// For how long a gateway keeps what it holds, after an ABORT, for the source to thaw first: frames sent on to a service
+/// that is still fenced are lost.
+pub const RELEASE: Duration = Duration::from_millis(500);
 /// After so long without a confirmation the session is told; the service itself is not waiting for this one.
 const LATE: Duration = Duration::from_secs(1);
 /// The same for a call that the service waits for (resume; abort at the source): then an operator is needed.
@@ -51,7 +58,8 @@ impl Asking {
         let (deadline, ask_again) = match command {
             Command::Stage(_) => (STAGE, ASK_AGAIN),
             Command::Prepare => (PREPARE, ASK_AGAIN),
-            Command::Freeze => (FREEZE + Duration::from_secs(memory_bytes / FREEZE_RATE), ASK_AGAIN),
+            Command::Hold(..) => (HOLD, ASK_AGAIN_FROZEN),
+            Command::Freeze(_) => (freeze(memory_bytes), ASK_AGAIN),
             Command::Switch(..) => (SWITCH, ASK_AGAIN_FROZEN),
             Command::Yield => (YIELD, ASK_AGAIN_FROZEN),
             Command::Check => (PREFLIGHT, Duration::ZERO),
@@ -74,6 +82,17 @@ impl Asking {
         }
         Some(next(&mut self.backoff))
     }
+}
+
+/// Of a freeze that has to carry `memory_bytes`.
+fn freeze(memory_bytes: u64) -> Duration {
+    FREEZE + Duration::from_secs(memory_bytes / FREEZE_RATE)
+}
+
+/// After this a gateway holds no more, whether or not anybody tells it: when all that is waited for between hold and
+/// release has taken as long as it may.
+pub fn hold_deadline(memory_bytes: u64) -> Duration {
+    HOLD + MARKER + freeze(memory_bytes) + SWITCH + YIELD + CONFIRM
 }
 
 /// Patience with one call after the decision.
@@ -123,7 +142,7 @@ mod tests {
         assert_eq!(asking.lost(ms(2100)), Some(ms(100)));
         assert_eq!(asking.lost(ms(3301)), None);
         assert_eq!(Asking::new(&Command::Resume, 0).lost(ms(0)), None);
-        assert_eq!(Asking::new(&Command::Freeze, 64 << 20).deadline, ms(32_000));
+        assert_eq!(Asking::new(&Command::Freeze(Default::default()), 64 << 20).deadline, ms(32_000));
     }
 
     #[test]

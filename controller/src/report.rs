@@ -8,16 +8,18 @@
 use handover_api::v1;
 
 use crate::session::{
-    Command, Decision, Event, Finding, Outcome, Participant, Plan, Session, Severity, State, Step, next,
+    Command, Decision, Event, Finding, Held, Outcome, Participant, Plan, Session, Severity, State, Step, next,
 };
 
 /// The names of the steps, in order, as in the table of the sequence.
-pub const STEPS: [&str; 17] = [
+pub const STEPS: [&str; 19] = [
     "request",
     "preflight",
     "stage",
     "prepare",
+    "hold",
     "freeze",
+    "quiet",
     "fence",
     "dump",
     "copy",
@@ -49,6 +51,13 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
         "prepare   migrator {a}: find the process of {}, connect to {b}, reserve there",
         plan.service
     ));
+    for g in plan.gateways.keys().filter(|_| plan.hold.is_some()) {
+        lines.push(format!(
+            "hold      gateway {g}: keeps what {} sends to {}, in order and bounded",
+            users(g),
+            plan.address
+        ));
+    }
     lines.push(format!(
         "freeze    migrator {a}: fence {}, dump, copy to {b}, restore there stopped; {} leaves {a}",
         plan.address, plan.address
@@ -68,7 +77,12 @@ pub fn plan_lines(plan: &Plan) -> Vec<String> {
     lines.push(format!("resume    migrator {b}: fence off, the copy runs, {} is announced", plan.address));
     lines.push(format!("end       migrator {a}: the frozen original ends silently"));
     for g in plan.gateways.keys() {
-        lines.push(format!("finish    gateway {g}: {} is the only network of {}", plan.to.network, users(g)));
+        let sent_on = if plan.hold.is_some() { "what was held is sent on; " } else { "" };
+        lines.push(format!(
+            "finish    gateway {g}: {sent_on}{} is the only network of {}",
+            plan.to.network,
+            users(g)
+        ));
     }
     lines
 }
@@ -292,6 +306,7 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
         }
         Event::Staged { gateway: g, sent_us, .. } => done("stage", &gateway(g), *sent_us, ""),
         Event::Prepared { sent_us } => done("prepare", &a, *sent_us, ""),
+        Event::Held { gateway: g, sent_us, .. } => done("hold", &gateway(g), *sent_us, ""),
         Event::Frozen { vote, sent_us } => {
             done(
                 "freeze",
@@ -356,22 +371,51 @@ fn take(view: &mut v1::Session, plan: &Plan, event: &Event, now: u64, frozen_fro
             view.frozen_us = frozen_from.map_or(0, |from| now.saturating_sub(from));
         }
         Event::Ended { sent_us } => done("end", &a, *sent_us, ""),
-        Event::Finished { gateway: g, sent_us } => done("finish", &gateway(g), *sent_us, ""),
-        Event::Undone { participant, alive, sent_us } => {
+        Event::Finished { gateway: g, held, sent_us } => {
+            done("finish", &gateway(g), *sent_us, &held.map_or(String::new(), |h| held_words(&h)));
+            add_held(view, held.as_ref());
+        }
+        Event::Undone { participant, alive, held, sent_us } => {
             durable(view, *sent_us);
             let actor = participant.name(plan);
             for s in view
                 .steps
                 .iter_mut()
-                .filter(|s| s.actor == actor && s.state == "done" && STEPS[2..12].contains(&s.name.as_str()))
+                .filter(|s| s.actor == actor && s.state == "done" && before_decision(&s.name))
             {
                 s.state = "undone".into();
             }
-            let detail = if *alive && *participant == Participant::Source { "the original runs" } else { "" };
-            view.steps.push(step("abort", &actor, *sent_us, now, "done", detail));
+            let detail = match held {
+                Some(held) => held_words(held),
+                None if *alive && *participant == Participant::Source => "the original runs".to_owned(),
+                None => String::new(),
+            };
+            view.steps.push(step("abort", &actor, *sent_us, now, "done", &detail));
+            add_held(view, held.as_ref());
         }
         Event::Unconfirmed { .. } => {}
     }
+}
+
+/// Whether a step of this name is undone by an abort.
+fn before_decision(step: &str) -> bool {
+    STEPS.iter().skip(2).take_while(|s| **s != "decision").any(|s| *s == step)
+}
+
+fn held_words(held: &Held) -> String {
+    let mut words = vec![format!("{} held", plural(u32::try_from(held.frames).unwrap_or(u32::MAX), "frame"))];
+    let not =
+        [(held.dropped, "over the bound, dropped"), (held.lost, "lost with the daemon"), (held.late, "late")];
+    words.extend(not.iter().filter(|(n, _)| *n > 0).map(|(n, what)| format!("{n} {what}")));
+    words.join(", ")
+}
+
+fn add_held(view: &mut v1::Session, held: Option<&Held>) {
+    let Some(held) = held else { return };
+    let sum = |field: &mut Option<u64>, n: u64| *field = Some(field.unwrap_or(0) + n);
+    sum(&mut view.held_frames, held.frames);
+    sum(&mut view.held_dropped, held.dropped + held.lost);
+    sum(&mut view.held_late, held.late);
 }
 
 /// The decision is journalled with the instant before it is written; it took until the first call that follows it left.
@@ -390,7 +434,8 @@ fn running(view: &mut v1::Session, session: &Session) {
             Command::Check => ("preflight", "controller".to_owned(), None),
             Command::Stage(g) => ("stage", format!("gateway {g}"), None),
             Command::Prepare => ("prepare", Participant::Source.name(plan), None),
-            Command::Freeze => ("freeze", Participant::Source.name(plan), None),
+            Command::Hold(g, ..) => ("hold", format!("gateway {g}"), None),
+            Command::Freeze(_) => ("freeze", Participant::Source.name(plan), None),
             Command::Switch(g, ..) => ("switch", format!("gateway {g}"), None),
             Command::Yield => ("yield", Participant::Source.name(plan), None),
             Command::DecideCommit | Command::DecideAbort => ("decision", "controller".to_owned(), None),

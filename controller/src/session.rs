@@ -9,6 +9,9 @@
 //!     v
 //!  Staging   (Staged by each gateway, Prepared by the source; in parallel)      \
 //!     | all                                                                      |
+//!     v                                                                          |
+//!  Holding   (Held by each gateway; only if the users' frames are to be held)    |
+//!     | all                                                                      |
 //!     v                                                                          |  Failed,
 //!  Freezing                                                                      |  Cancelled
 //!     | Frozen (the vote)                                                        |
@@ -88,6 +91,13 @@ pub struct Member {
     pub addresses: Vec<String>,
 }
 
+/// How the users' frames for the service are kept at the gateways while it stands still.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hold {
+    /// UDP port on v where the gateways' markers arrive.
+    pub marker_port: u16,
+}
+
 /// What a migration is to do: fixed when it is requested, whatever is applied later.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Plan {
@@ -109,6 +119,9 @@ pub struct Plan {
     pub policy: Policy,
     /// Established peers that are not users about to be switched are accepted (and lost).
     pub allow_other_peers: bool,
+    /// The users' frames for the service are held at the gateways; `None`: not.
+    #[serde(default)]
+    pub hold: Option<Hold>,
     /// Who or what asked.
     pub trigger: String,
     /// Unix time of the request, milliseconds.
@@ -132,6 +145,30 @@ impl Plan {
     pub fn users_at(&self, gateway: &str) -> Vec<String> {
         self.gateways.get(gateway).into_iter().flatten().map(|m| m.name.clone()).collect()
     }
+
+    /// What the marker of a gateway carries: tells migrations and gateways apart. No secret: who forges it makes the
+    /// source freeze while frames of users are still under way, no more.
+    pub fn nonce(&self, gateway: &str) -> u64 {
+        let index = self.gateways.keys().position(|g| g == gateway).unwrap_or(0) as u64;
+        self.requested_at_ms << 12 | index & 0xfff
+    }
+}
+
+/// What became of the frames a gateway held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// Kept and sent on.
+    pub frames: u64,
+    /// Their octets.
+    pub bytes: u64,
+    /// Not kept: a bound was reached.
+    pub dropped: u64,
+    /// Kept by a daemon that ended before it sent them on.
+    pub lost: u64,
+    /// Sent on after the deadline, when later frames may have gone before them.
+    pub late: u64,
+    /// Begin of the release -> all users on the fast path.
+    pub release_us: u64,
 }
 
 /// How bad a [`Finding`] is.
@@ -237,6 +274,8 @@ pub enum Step {
     Stage,
     /// Source.
     Prepare,
+    /// Gateways.
+    Hold,
     /// Source.
     Freeze,
     /// Gateways.
@@ -253,6 +292,7 @@ impl fmt::Display for Step {
             Self::Preflight => "preflight",
             Self::Stage => "stage",
             Self::Prepare => "prepare",
+            Self::Hold => "hold",
             Self::Freeze => "freeze",
             Self::Switch => "switch",
             Self::Yield => "yield",
@@ -292,6 +332,15 @@ pub enum Event {
     },
     /// The source is ready to freeze.
     Prepared {
+        /// When asked.
+        sent_us: u64,
+    },
+    /// A gateway keeps its users' frames for the service from now on.
+    Held {
+        /// Which.
+        gateway: String,
+        /// A marker is under way to the source.
+        marker_sent: bool,
         /// When asked.
         sent_us: u64,
     },
@@ -355,10 +404,13 @@ pub enum Event {
         /// When asked.
         sent_us: u64,
     },
-    /// A gateway made the new network the users' only one.
+    /// A gateway sent on what it held, and made the new network the users' only one.
     Finished {
         /// Which.
         gateway: String,
+        /// What it had held.
+        #[serde(default)]
+        held: Option<Held>,
         /// When asked.
         sent_us: u64,
     },
@@ -375,6 +427,9 @@ pub enum Event {
         participant: Participant,
         /// Of the source: the original runs.
         alive: bool,
+        /// Of a gateway: what it had held.
+        #[serde(default)]
+        held: Option<Held>,
         /// When asked.
         sent_us: u64,
     },
@@ -395,6 +450,7 @@ impl Event {
             Self::Checked { .. } => "checked",
             Self::Staged { .. } => "staged",
             Self::Prepared { .. } => "prepared",
+            Self::Held { .. } => "held",
             Self::Frozen { .. } => "frozen",
             Self::Switched { .. } => "switched",
             Self::Yielded { .. } => "yielded",
@@ -415,7 +471,8 @@ impl Event {
     pub fn forced(&self) -> bool {
         !matches!(
             self,
-            Self::Frozen { .. }
+            Self::Held { .. }
+                | Self::Frozen { .. }
                 | Self::Switched { .. }
                 | Self::Yielded { .. }
                 | Self::Failed { .. }
@@ -452,10 +509,19 @@ pub enum State {
         /// Answer of the source.
         prepared: bool,
     },
+    /// The gateways keep their users' frames for the service.
+    Holding {
+        /// Their tickets.
+        tickets: BTreeMap<String, Ticket>,
+        /// Who does, and whether its marker is under way.
+        held: BTreeMap<String, bool>,
+    },
     /// The source fences, dumps, copies; the destination restores.
     Freezing {
         /// Answers of the gateways.
         tickets: BTreeMap<String, Ticket>,
+        /// Gateways whose marker the source waits for.
+        markers: BTreeSet<String>,
     },
     /// The gateways switch.
     Switching {
@@ -516,6 +582,7 @@ impl State {
             Self::New => "new",
             Self::Preflight => "preflight",
             Self::Staging { .. } => "staging",
+            Self::Holding { .. } => "holding",
             Self::Freezing { .. } => "freezing",
             Self::Switching { .. } => "switching",
             Self::Yielding => "yielding",
@@ -562,6 +629,7 @@ impl State {
             Self::Preflight => Some(Step::Preflight),
             Self::Staging { prepared: false, .. } => Some(Step::Prepare),
             Self::Staging { .. } => Some(Step::Stage),
+            Self::Holding { .. } => Some(Step::Hold),
             Self::Freezing { .. } => Some(Step::Freeze),
             Self::Switching { .. } => Some(Step::Switch),
             Self::Yielding => Some(Step::Yield),
@@ -595,8 +663,10 @@ pub enum Command {
     Stage(String),
     /// Prepare at the source.
     Prepare,
-    /// Freeze at the source.
-    Freeze,
+    /// Hold at a gateway.
+    Hold(String, u32, u64),
+    /// Freeze at the source, once the markers of these gateways have arrived.
+    Freeze(BTreeSet<String>),
     /// Switch at a gateway.
     Switch(String, u32, u64),
     /// Yield at the source.
@@ -650,7 +720,12 @@ pub fn outstanding(plan: &Plan, state: &State) -> BTreeSet<Command> {
             .map(|g| Command::Stage(g.clone()))
             .chain((!prepared).then_some(Command::Prepare))
             .collect(),
-        State::Freezing { .. } => [Command::Freeze].into(),
+        State::Holding { tickets, held } => tickets
+            .iter()
+            .filter(|(g, _)| !held.contains_key(*g))
+            .map(|(g, t)| Command::Hold(g.clone(), t.switch, t.generation))
+            .collect(),
+        State::Freezing { markers, .. } => [Command::Freeze(markers.clone())].into(),
         State::Switching { tickets, switched } => tickets
             .iter()
             .filter(|(g, _)| !switched.contains(*g))
@@ -701,7 +776,10 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
     let give_up = |reach| S::Deciding { decision: Decision::Abort, reach };
     let staging = |tickets: BTreeMap<String, Ticket>, prepared| {
         if prepared && tickets.len() == plan.gateways.len() {
-            S::Freezing { tickets }
+            match plan.hold {
+                Some(_) if !tickets.is_empty() => S::Holding { tickets, held: BTreeMap::new() },
+                _ => S::Freezing { tickets, markers: BTreeSet::new() },
+            }
         } else {
             S::Staging { tickets, prepared }
         }
@@ -728,7 +806,20 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
         }
         (S::Staging { tickets, prepared: false }, E::Prepared { .. }) => staging(tickets.clone(), true),
 
-        (S::Freezing { tickets }, E::Frozen { .. }) => {
+        (S::Holding { tickets, held }, E::Held { gateway, marker_sent, .. }) => {
+            if !tickets.contains_key(gateway) || held.contains_key(gateway) {
+                return Err(illegal(format!("gateway {gateway} was not asked")));
+            }
+            let mut held = held.clone();
+            held.insert(gateway.clone(), *marker_sent);
+            if held.len() == tickets.len() {
+                let markers = held.into_iter().filter(|(_, sent)| *sent).map(|(g, _)| g).collect();
+                S::Freezing { tickets: tickets.clone(), markers }
+            } else {
+                S::Holding { tickets: tickets.clone(), held }
+            }
+        }
+        (S::Freezing { tickets, .. }, E::Frozen { .. }) => {
             if tickets.is_empty() {
                 voted()
             } else {
@@ -751,7 +842,9 @@ pub fn next(plan: &Plan, state: &State, event: &Event) -> Result<State, Illegal>
 
         // A failure, the end of the controller itself, or an operator's word, before the decision.
         (S::Preflight, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Nothing),
-        (S::Staging { .. }, E::Failed { .. } | E::Cancelled { .. }) => give_up(Reach::Staged),
+        (S::Staging { .. } | S::Holding { .. }, E::Failed { .. } | E::Cancelled { .. }) => {
+            give_up(Reach::Staged)
+        }
         (S::Freezing { .. } | S::Switching { .. } | S::Yielding, E::Failed { .. } | E::Cancelled { .. }) => {
             give_up(Reach::Frozen)
         }

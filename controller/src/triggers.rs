@@ -18,6 +18,8 @@ pub struct Request {
     pub policy: Policy,
     /// Accept that connections of others break.
     pub allow_other_peers: bool,
+    /// Keep the users' frames for the service while it stands still.
+    pub hold: bool,
     /// Who or what asked.
     pub trigger: String,
 }
@@ -52,6 +54,7 @@ pub fn operator(m: v1::MigrateRequest) -> Result<Request, String> {
         users: m.users,
         policy,
         allow_other_peers: m.allow_other_peers,
+        hold: !m.no_hold,
         trigger,
     })
 }

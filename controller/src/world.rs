@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     inventory::{self, Change, Inventory, Service, What},
     session::{
-        Command, Decision, Entry, Event, Finding, Illegal, Member, Outcome, Participant, Plan, Session,
+        Command, Decision, Entry, Event, Finding, Hold, Illegal, Member, Outcome, Participant, Plan, Session,
         Severity, Side, State,
     },
     triggers::Request,
@@ -384,6 +384,7 @@ impl World {
             gateways,
             policy: request.policy,
             allow_other_peers: request.allow_other_peers,
+            hold: request.hold.then_some(Hold { marker_port: service.marker_port }),
             trigger: request.trigger.clone(),
             requested_at_ms: now_ms,
             findings,

@@ -243,7 +243,12 @@ async fn a_migration_that_completes() {
     let head = out.lines().find(|l| l.starts_with("STEP")).unwrap();
     let column = head.find("STATE").unwrap();
     let rows: Vec<&str> = out.lines().skip_while(|l| !l.starts_with("STEP")).skip(1).collect();
-    assert_eq!(rows.len(), 17, "{out}");
+    assert_eq!(rows.len(), 19, "{out}");
+    assert!(
+        rows.iter().any(|r| r.starts_with("  quiet ")) && rows.iter().any(|r| r.starts_with("hold ")),
+        "{out}"
+    );
+    assert!(out.contains("held       12 frames kept and sent on, 7 dropped, 5 late"), "{out}");
     for row in rows {
         assert_eq!(&row[column..column + 4], "done", "columns line up: {out}");
     }
@@ -265,7 +270,7 @@ async fn a_migration_that_completes() {
     assert_eq!(code, 0, "{err}");
     let session = json(&out);
     assert_eq!((&session["id"], &session["outcome"]), (&"film-2".into(), &"completed".into()));
-    assert_eq!(session["steps"].as_array().unwrap().len(), 17);
+    assert_eq!(session["steps"].as_array().unwrap().len(), 19);
     assert!(session["frozen_us"].as_u64().unwrap() > 0);
     assert_eq!(session["switch_window_ns"], 2500);
 

@@ -30,6 +30,7 @@ fn request(to: &str, policy: Policy) -> Request {
         users: Vec::new(),
         policy,
         allow_other_peers: false,
+        hold: true,
         trigger: "operator".into(),
     }
 }
@@ -97,6 +98,7 @@ async fn forth_and_back() {
         [
             "gw stage film-1",
             "main-server prepare film-1",
+            "gw hold film-1",
             "main-server freeze film-1",
             "gw switch film-1",
             "main-server yield film-1",
@@ -119,6 +121,11 @@ async fn forth_and_back() {
     assert_eq!(step("restore").actor, "migrator backup-server");
     let resumed = step("resume").started_us + step("resume").took_us;
     assert_eq!(s.frozen_us, resumed - step("dump").started_us);
+    assert_eq!((s.held_frames, s.held_dropped, s.held_late), (Some(12), Some(7), Some(5)));
+    assert_eq!(
+        step("finish").detail,
+        "12 frames held, 3 over the bound, dropped, 4 lost with the daemon, 5 late"
+    );
     assert_eq!((s.switch_window_ns, s.image_bytes, s.connections), (Some(2500), 5 << 20, 1));
 
     let id = c.migrate(&request("main", Policy::Late)).await.unwrap();
@@ -133,6 +140,7 @@ async fn a_refusal_at_any_step_before_the_decision_undoes_everything() {
     for (who, step, why, failed_step) in [
         ("gw", "stage", "no router answers in VLAN 2", "stage"),
         ("main-server", "prepare", "backup-server does not answer", "prepare"),
+        ("gw", "hold", "no memory left to hold frames", "hold"),
         ("main-server", "freeze", "dump: socket of a kind CRIU cannot take", "dump"),
         ("main-server", "freeze", "restore: backup-server: pid 4711 is taken", "restore"),
         ("gw", "switch", "not what was staged", "switch"),
@@ -160,6 +168,39 @@ async fn a_refusal_at_any_step_before_the_decision_undoes_everything() {
         let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
         assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed, "after {step}");
     }
+}
+
+/// Frames sent on to a service that is still fenced would be lost.
+#[tokio::test(flavor = "multi_thread")]
+async fn after_an_abort_held_frames_go_when_the_source_runs_again() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("gw switch", Fault::Refuse(Code::FailedPrecondition, "not what was staged"));
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!(s.outcome(), v1::Outcome::RolledBack);
+    let calls = f.stage.calls();
+    let at = |call: &str| calls.iter().position(|c| c == call).unwrap();
+    assert!(at("main-server abort film-1") < at("gw abort film-1"), "{calls:?}");
+    assert_eq!((s.held_frames, s.held_dropped), (Some(12), Some(7)));
+
+    // but they do not wait for a source that does not answer
+    f.stage.forget_calls();
+    f.stage.fault("gw switch", Fault::Refuse(Code::FailedPrecondition, "not what was staged"));
+    f.stage.fault("main-server abort", Fault::Hang);
+    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    f.stage.until_called("gw abort film-2").await;
+    assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::RolledBack);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_hold_no_gateway_is_asked_to() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    let id = c.migrate(&Request { hold: false, ..request("backup", Policy::Late) }).await.unwrap();
+    let s = settled(&c, &id).await;
+    assert_eq!((s.outcome(), s.held_frames), (v1::Outcome::Completed, None));
+    assert_eq!(f.stage.count("gw hold film-1"), 0);
 }
 
 #[tokio::test(flavor = "multi_thread")]

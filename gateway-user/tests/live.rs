@@ -505,6 +505,10 @@ fn the_gateway_says_what_it_is_doing() {
         assert_eq!((&status["name"], &status["revision"]), (&"gw".into(), &1.into()), "{status}");
         assert_eq!(status["interfaces"][0]["attach_mode"], "native");
         assert_eq!(status["pin_dir"], serde_json::Value::Null);
+        let hold = serde_json::json!({
+            "memory_bytes": 64 << 20, "per_user_bytes": 32 << 20, "held_bytes": 0
+        });
+        assert_eq!(status["hold"], hold);
         assert!(status["counters"]["wan_forwarded"].as_u64().unwrap() > 0, "{status}");
         assert_eq!(
             json("users"),
@@ -524,6 +528,10 @@ fn the_gateway_says_what_it_is_doing() {
     let request = switch_of(&staged, "m1");
     lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
     assert!(json("switches")[0]["window_ns"].is_u64());
+    assert_eq!(
+        (&json("switches")[0]["phase"], &json("switches")[0]["held"]),
+        (&"forward".into(), &().into())
+    );
     assert_eq!(
         (&json("users")[0]["network"], &json("users")[0]["staged_by"]),
         (&"net2".into(), &"m1".into())

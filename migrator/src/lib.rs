@@ -12,6 +12,7 @@ pub mod error;
 pub mod fence;
 pub mod freezer;
 pub mod machine;
+pub mod marker;
 pub mod node;
 pub mod preflight;
 pub mod process;

@@ -23,6 +23,7 @@ use crate::{
     error::{Error, Result, chain},
     fence,
     freezer::Hierarchy,
+    marker::Markers,
     record::{self, Record, Store, TOMBSTONES, Timing},
     sockets, transfer,
 };
@@ -171,6 +172,8 @@ pub struct Live {
     pub broken: bool,
     /// The destination.
     pub peer: Option<MigratorPeerClient<Channel>>,
+    /// Where gateways' markers arrive, if they are to send any.
+    pub markers: Option<Markers>,
     /// What was found at *prepare*.
     pub facts: Option<ProcessFacts>,
     /// What CRIU has to be told of the tree.

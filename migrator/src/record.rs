@@ -114,6 +114,9 @@ pub struct Vote {
     pub connections: u32,
     /// What could not be taken along.
     pub losses: Vec<String>,
+    /// Gateways' markers that had arrived before the fence.
+    #[serde(default)]
+    pub markers_seen: u32,
 }
 
 /// The destination's part.

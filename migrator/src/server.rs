@@ -129,9 +129,7 @@ impl Migrator for Control {
     async fn freeze(&self, request: Request<FreezeRequest>) -> Result<Response<FreezeResponse>, Status> {
         tls::require_role(&request, &[Role::Controller])?;
         let (node, request) = (self.0.clone(), request.into_inner());
-        detached(async move { source::freeze(&node, &request.migration, request.yield_with_vote).await })
-            .await
-            .map(Response::new)
+        detached(async move { source::freeze(&node, &request).await }).await.map(Response::new)
     }
 
     async fn r#yield(&self, request: Request<YieldRequest>) -> Result<Response<YieldResponse>, Status> {

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! prepare: preflight, Reserve at the destination, a cgroup of its own, criu swrk
-//! freeze:  SYN fence, drain -> fence -> dump, freezer -> images -> Restore at the destination -> v leaves -> VOTE
+//! freeze:  markers, queues read -> SYN fence, drain -> fence -> dump, freezer -> images -> Restore at the destination -> v leaves -> VOTE
 //! yield:   the right to go back alone is given up
 //! end:     original ended, sockets destroyed -> fence off -> blackhole off        (COMMIT)
 //! undo:    v back -> CRIU lets go -> fence off -> thawed -> own cgroup again      (ABORT, lease, failure, restart)
@@ -28,8 +28,8 @@ use std::{
 use handover_api::{
     tls::Role as TlsRole,
     v1::{
-        DiscardRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest, RestoreRequest,
-        Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
+        DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReserveRequest,
+        RestoreRequest, Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
     },
 };
 use nix::sys::signal::Signal;
@@ -41,6 +41,7 @@ use crate::{
     fence::{self, Strength},
     freezer,
     machine::{Next, SourceEvent, SourceState},
+    marker::{Markers, Quiet},
     node::{Answer, Clock, Failure, Live, Migration, Node, Service, fresh_dir},
     preflight,
     process::{self, Identity},
@@ -127,6 +128,12 @@ pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<Prepar
     let service = Service::parse(request.service.clone())?;
     let server =
         request.destination.clone().ok_or_else(|| Failure::invalid("the request names no destination"))?;
+    let marker_port = u16::try_from(request.marker_port).map_err(|_| {
+        Failure::invalid(format!(
+            "marker_port {} is no UDP port; name one from 1 to 65535, or 0 for none",
+            request.marker_port
+        ))
+    })?;
     let migration = node.entry(&request.migration)?;
     let mut live = migration.lock().await;
     if let Some(record) = &live.record {
@@ -178,7 +185,7 @@ pub async fn prepare(node: &Arc<Node>, request: PrepareRequest) -> Answer<Prepar
     node.commit(&migration, &mut live, record)?;
     live.facts = Some(facts.clone());
     live.needs = needs;
-    match make_ready(node, &migration, &mut live, request.service, &server).await {
+    match make_ready(node, &migration, &mut live, request.service, &server, marker_port).await {
         Ok(()) => Ok(PrepareResponse { facts: Some(facts) }),
         Err(failure) => Err(undo_after(node, &migration, &mut live, failure).await),
     }
@@ -190,6 +197,7 @@ async fn make_ready(
     live: &mut Live,
     service: Option<ServiceSpec>,
     server: &Server,
+    marker_port: u16,
 ) -> Answer<()> {
     let mut peer = connect(node, &server.name, &server.migration_endpoint).await?;
     let facts = live.facts.clone();
@@ -204,6 +212,10 @@ async fn make_ready(
     let placement = hierarchy.plan(pid, &migration.id).map_err(failed)?;
     change(node, migration, live, |s| s.placement = Some(placement.clone()))?;
     hierarchy.settle(pid, &placement).map_err(failed)?;
+    if marker_port != 0 {
+        let v = live.record.as_ref().map(|r| r.address).ok_or_else(|| unknown(&migration.id))?;
+        live.markers = Some(Markers::listen(v, marker_port).await.map_err(failed)?);
+    }
     fence::prepare(&migration.id).map_err(failed)?;
 
     let images = node.images(&migration.id);
@@ -239,7 +251,8 @@ fn at_peer(step: &str, peer: &str, status: &tonic::Status) -> Failure {
 ///
 /// # Errors
 /// The step and the reason; everything is undone and the service runs on here.
-pub async fn freeze(node: &Arc<Node>, id: &str, yield_with_vote: bool) -> Answer<FreezeResponse> {
+pub async fn freeze(node: &Arc<Node>, request: &FreezeRequest) -> Answer<FreezeResponse> {
+    let FreezeRequest { migration: id, yield_with_vote, .. } = request;
     let mut clock = Clock::start();
     let migration = node.get(id).ok_or_else(|| unknown(id))?;
     let mut live = migration.lock().await;
@@ -247,17 +260,22 @@ pub async fn freeze(node: &Arc<Node>, id: &str, yield_with_vote: bool) -> Answer
     if begun == Next::Already {
         return answer(&live);
     }
-    let worked = freeze_steps(node, &migration, &mut live, &mut clock).await;
-    let voted = worked.and_then(|(image_bytes, fenced)| {
-        let Fenced { connections, losses } = fenced;
-        let vote = Vote { steps: clock.finish(), image_bytes, connections, losses };
-        let event = if yield_with_vote { SourceEvent::VoteYielded } else { SourceEvent::Vote };
+    let quiet = quiet(node, &migration, &mut live, &mut clock, request).await;
+    let worked = match quiet {
+        Ok(quiet) => freeze_steps(node, &migration, &mut live, &mut clock).await.map(|done| (quiet, done)),
+        Err(failure) => Err(failure),
+    };
+    let voted = worked.and_then(|(quiet, (image_bytes, fenced))| {
+        let Fenced { connections, mut losses } = fenced;
+        losses.extend(quiet.losses);
+        let vote = Vote { steps: clock.finish(), image_bytes, connections, losses, markers_seen: quiet.seen };
+        let event = if *yield_with_vote { SourceEvent::VoteYielded } else { SourceEvent::Vote };
         advance_with(node, &migration, &mut live, event, |s| s.vote = Some(vote))
     });
     if let Err(failure) = voted {
         return Err(undo_after(node, &migration, &mut live, failure).await);
     }
-    if !yield_with_vote {
+    if !*yield_with_vote {
         let exited = live.swrk.as_ref().map(Swrk::exited);
         tokio::spawn(lease(node.clone(), migration.clone(), exited));
     }
@@ -268,13 +286,37 @@ fn answer(live: &Live) -> Answer<FreezeResponse> {
     let vote = part(live).and_then(|(_, s)| Some((s.pid, s.vote.clone()?)));
     let (pid, vote) = vote.ok_or_else(|| Failure::new(Code::Internal, "a vote without its record"))?;
     Ok(FreezeResponse {
-        markers_seen: 0,
+        markers_seen: vote.markers_seen,
         steps: vote.steps.into_iter().map(Into::into).collect(),
         pid,
         image_bytes: vote.image_bytes,
         connections: vote.connections,
         losses: vote.losses,
     })
+}
+
+/// Waits until nothing that held users have sent is under way or unread; see [`marker`].
+async fn quiet(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    clock: &mut Clock,
+    request: &FreezeRequest,
+) -> Answer<Quiet> {
+    // the port is free again before the process that may want it at the destination is restored
+    let Some(markers) = live.markers.take() else { return Ok(Quiet::default()) };
+    let (_, source) = part(live).ok_or_else(|| unknown(&migration.id))?;
+    let placement =
+        source.placement.clone().ok_or_else(|| Failure::refused("quiet: the process has no cgroup"))?;
+    let patience = Duration::from_millis(request.marker_wait_ms).min(node.config.freeze_limit());
+    let work = async {
+        let owned = process::holdings(&freezer::procs(&placement.dir)?)?.sockets;
+        markers.quiet(&request.markers, &owned, patience).await
+    };
+    tokio::select! {
+        quiet = clock.step("quiet", work) => quiet.map_err(|e| Failure::at("quiet", &e)),
+        () = migration.cancelled() => Err(Failure::new(Code::Aborted, "freeze: the controller aborted")),
+    }
 }
 
 /// A source that has voted goes back alone when it hears nothing, or when CRIU dies (which leaves the sockets in repair

@@ -267,6 +267,7 @@ impl Sim {
             users: Vec::new(),
             policy: if self.rng.permille(400) { Policy::Disaster } else { Policy::Late },
             allow_other_peers: false,
+            hold: self.rng.permille(500),
             trigger: "operator".into(),
         };
         if self.controller.writes.values().any(|w| w.request) {
@@ -573,7 +574,9 @@ impl Sim {
         let (from, to) = (plan.from.network.clone(), plan.to.network.clone());
         let again = format!("{id}-again");
         let g = match &t.command {
-            Command::Stage(g) | Command::Switch(g, ..) | Command::Finish(g) => gateway(g),
+            Command::Stage(g) | Command::Hold(g, ..) | Command::Switch(g, ..) | Command::Finish(g) => {
+                gateway(g)
+            }
             Command::Undo(Participant::Gateway(g)) => gateway(g),
             _ => 0,
         };
@@ -582,7 +585,10 @@ impl Sim {
             Phase::Single => match &t.command {
                 Command::Stage(_) => (Node::Gateway(g), Msg::Stage { id, users, from, to }),
                 Command::Prepare => (source, Msg::Prepare { id }),
-                Command::Freeze => (source, Msg::Freeze { id, yields: plan.policy == Policy::Disaster }),
+                Command::Hold(_, switch, generation) => {
+                    (Node::Gateway(g), Msg::Hold { id, switch: *switch, generation: *generation })
+                }
+                Command::Freeze(_) => (source, Msg::Freeze { id, yields: plan.policy == Policy::Disaster }),
                 Command::Switch(_, switch, generation) => {
                     let (switch, generation) = (*switch, *generation);
                     (Node::Gateway(g), Msg::Switch { id, switch, generation, users, to })
@@ -709,7 +715,10 @@ impl Sim {
                         Event::Staged { gateway: g.clone(), ticket: Ticket { switch, generation }, sent_us }
                     }
                     (Command::Prepare, _) => Event::Prepared { sent_us },
-                    (Command::Freeze, _) => Event::Frozen { vote: Vote::default(), sent_us },
+                    (Command::Hold(g, ..), _) => {
+                        Event::Held { gateway: g.clone(), marker_sent: true, sent_us }
+                    }
+                    (Command::Freeze(_), _) => Event::Frozen { vote: Vote::default(), sent_us },
                     (Command::Switch(g, ..), _) => {
                         Event::Switched { gateway: g.clone(), window_ns: 0, store_latency_ns: 0, sent_us }
                     }
@@ -740,7 +749,8 @@ impl Sim {
         let step = match &command {
             Command::Stage(_) => Step::Stage,
             Command::Prepare => Step::Prepare,
-            Command::Freeze => Step::Freeze,
+            Command::Hold(..) => Step::Hold,
+            Command::Freeze(_) => Step::Freeze,
             Command::Switch(..) => Step::Switch,
             _ => Step::Yield,
         };
@@ -762,7 +772,7 @@ impl Sim {
             (Command::End, _) => self.tell(&id, command, Event::Ended { sent_us }),
             (Command::Undo(p), _) => {
                 let alive = matches!(answer, Answer::Alive(true));
-                let event = Event::Undone { participant: p.clone(), alive, sent_us };
+                let event = Event::Undone { participant: p.clone(), alive, held: None, sent_us };
                 self.tell(&id, command, event);
             }
             _ => {}
@@ -809,7 +819,7 @@ impl Sim {
                         stray.iter().filter(|(_, n)| n == network).map(|(user, _)| user.clone()).collect();
                     Phase::AgainStage(network.clone(), users)
                 } else {
-                    let event = Event::Finished { gateway: name.clone(), sent_us: 0 };
+                    let event = Event::Finished { gateway: name.clone(), held: None, sent_us: 0 };
                     return self.tell(&id, command, event);
                 }
             }

@@ -119,6 +119,7 @@ impl Sim {
             Msg::Switch { id, switch, generation, users, to } => {
                 self.switch(g, &id, switch, generation, &users, &to)
             }
+            Msg::Hold { id, switch, generation } => self.hold(g, &id, switch, generation),
             Msg::Unstage { id } => self.unstage(g, &id),
             Msg::Finish { id } => self.finish(g, &id),
             other => Err(Failed::Refused(format!("{other:?} is nothing to ask a gateway"))),
@@ -200,6 +201,16 @@ impl Sim {
             Ok(SwitchStep::Done(_)) => Ok(Answer::Done),
             Err(r) => refused(&r),
         }
+    }
+
+    /// What is held is no part of who is where: only that it is asked for while it can be.
+    fn hold(&mut self, g: usize, id: &str, switch: u32, generation: u64) -> Reply {
+        let staged = self.gateways[g].table.switches().any(|s| {
+            s.migration == id
+                && s.state == "staged"
+                && (u32::from(s.index), s.generation) == (switch, generation)
+        });
+        if staged { Ok(Answer::Done) } else { Err(Failed::Refused(format!("{id} is not staged here"))) }
     }
 
     fn unstage(&mut self, g: usize, id: &str) -> Reply {

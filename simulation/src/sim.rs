@@ -66,6 +66,7 @@ pub(crate) enum Msg {
     Configure(Box<Desired>),
     CheckSwitch { id: String, users: Vec<String>, from: String, to: String },
     Stage { id: String, users: Vec<String>, from: String, to: String },
+    Hold { id: String, switch: u32, generation: u64 },
     Switch { id: String, switch: u32, generation: u64, users: Vec<String>, to: String },
     Unstage { id: String },
     Finish { id: String },

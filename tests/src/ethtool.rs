@@ -47,6 +47,20 @@ pub fn as_on_the_wire(host: &Host, interface: &str) -> anyhow::Result<()> {
     host.enter(set)?.with_context(|| format!("offloads of {interface} in {}", host.name()))
 }
 
+/// Makes what `from` sends over the veth `interface` arrive at `to` in its order, as on a wire. A veth whose peer receives
+/// through NAPI has one queue; without (or for what may be segmented: veth_skb_is_eligible_for_gro, drivers/net/veth.c)
+/// each CPU has a backlog of its own, and frames that cross CPUs overtake one another.
+///
+/// # Errors
+/// Names the interface and the offload.
+pub fn in_order(from: &Host, to: &Host, interface: &str) -> anyhow::Result<()> {
+    let name = |host: &Host| format!("offloads of {interface} in {}", host.name());
+    from.enter(|| call(interface, ETHTOOL_STSO, 0).context("TCP segmentation off"))?
+        .with_context(|| name(from))?;
+    to.enter(|| call(interface, ETHTOOL_SGRO, 1).context("generic receive on"))?.with_context(|| name(to))?;
+    Ok(())
+}
+
 fn call(interface: &str, command: u32, data: u32) -> anyhow::Result<u32> {
     let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)?;
     let mut value = Value { command, data };

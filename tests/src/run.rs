@@ -32,6 +32,9 @@ pub struct Options {
     /// The service that is moved: the lab's film server, redis under a writer, or nginx in the middle of a download.
     #[arg(long, value_enum, default_value = "film")]
     app: App,
+    /// Do not hold the user's frames at the gateway while the service stands still: shows what holding them buys.
+    #[arg(long)]
+    no_hold: bool,
     /// Move it back again afterwards.
     #[arg(long)]
     back: bool,
@@ -47,6 +50,8 @@ struct Outcome {
     frozen_ms: f64,
     stream_gap_ms: f64,
     switch_window_us: Option<f64>,
+    held_frames: Option<u64>,
+    held_dropped: Option<u64>,
     vlan_before: Option<u16>,
     vlan_after: Option<u16>,
     process_site_before: String,
@@ -66,6 +71,7 @@ struct Played {
     bytes_lost: u64,
     bytes_duplicated: u64,
     reconnects: u64,
+    reordered: u64,
     /// The first migration.
     #[serde(flatten)]
     first: Outcome,
@@ -97,6 +103,7 @@ pub fn run(options: Options) -> anyhow::Result<ExitCode> {
             bytes_lost: client.bytes_lost,
             bytes_duplicated: client.bytes_duplicated,
             reconnects: client.reconnects,
+            reordered: client.reordered,
             first: outcomes.first().cloned().unwrap_or_default(),
             migrations: if options.back { outcomes } else { Vec::new() },
         };
@@ -134,7 +141,7 @@ fn play(
     let mut checked = Ok(());
     for to in ways {
         say(&format!("handover migrate {} --to {} --wait", app.name(), to.name()));
-        let moved = play.migrate(*to, |line| eprintln!("           | {line}"))?;
+        let moved = play.migrate_with(*to, !options.no_hold, |line| eprintln!("           | {line}"))?;
         outcomes.push(outcome(&moved));
         *client_saw = moved.client.clone();
         checked = moved.check(*to).map(drop);
@@ -148,6 +155,7 @@ fn play(
             App::Film => "the film goes on",
             App::Redis => "reading back every acknowledged write",
             App::Nginx => "the rest of the download, and its SHA-256",
+            App::Pulse => "the rest of the pulse, and the server's account of it",
         });
         *client_saw = play.client.finish()?;
         let done = client_saw.finished || app == App::Film;
@@ -168,6 +176,8 @@ fn outcome(moved: &Moved) -> Outcome {
         frozen_ms: session.map_or(0.0, |s| s.frozen_us as f64 / 1e3),
         stream_gap_ms: moved.client.longest_gap_us as f64 / 1e3,
         switch_window_us: session.and_then(|s| s.switch_window_ns).map(|ns| ns as f64 / 1e3),
+        held_frames: session.and_then(|s| s.held_frames),
+        held_dropped: session.and_then(|s| s.held_dropped),
         vlan_before: moved.vlan.before,
         vlan_after: moved.vlan.after,
         process_site_before: sites(&moved.process.before),
@@ -218,6 +228,13 @@ fn print(outcomes: &[Outcome], client: &Report, app: App) -> anyhow::Result<()> 
             ),
             ("frozen", format!("{:.1} ms at most", outcome.frozen_ms)),
             ("longest gap", format!("{:.1} ms at the user", outcome.stream_gap_ms)),
+            (
+                "held frames",
+                match (outcome.held_frames, outcome.held_dropped) {
+                    (Some(held), Some(dropped)) => format!("{held} sent on in order, {dropped} dropped"),
+                    _ => "none: --no-hold".into(),
+                },
+            ),
             (
                 "switch window",
                 outcome.switch_window_us.map_or("not switched".into(), |us| format!("{us:.1} us")),

@@ -51,6 +51,10 @@ pub struct Session {
     pub steps: Vec<Step>,
     /// How long the process stood still at most.
     pub frozen_us: u64,
+    /// Frames held, and those that were not or were lost; absent where nothing was held.
+    pub held_frames: Option<u64>,
+    /// See above.
+    pub held_dropped: Option<u64>,
     /// The gateway's measured window, if it switched.
     pub switch_window_ns: Option<u64>,
     /// What is still to be confirmed.
@@ -180,8 +184,16 @@ impl Play {
     /// # Errors
     /// If something cannot be looked at; with the daemons' logs. A migration that fails is no error here.
     pub fn migrate(&mut self, to: Site, progress: impl Fn(&str)) -> anyhow::Result<Moved> {
+        self.migrate_with(to, true, progress)
+    }
+
+    /// As [`Self::migrate`]; `hold`: the user's frames are held at the gateway while the service stands still.
+    ///
+    /// # Errors
+    /// As above.
+    pub fn migrate_with(&mut self, to: Site, hold: bool, progress: impl Fn(&str)) -> anyhow::Result<Moved> {
         let Self { capture, client, service, topology } = self;
-        topology.migrate(service, client, capture, to, progress).with_context(|| topology.logs())
+        topology.migrate(service, client, capture, to, hold, progress).with_context(|| topology.logs())
     }
 }
 
@@ -236,10 +248,11 @@ impl Topology {
     ///
     /// # Errors
     /// If it cannot be started.
-    pub fn start_migration(&self, app: App, to: Site) -> anyhow::Result<Migration> {
+    pub fn start_migration(&self, app: App, to: Site, hold: bool) -> anyhow::Result<Migration> {
         let program = self
             .handover_program()?
             .args(["-o", "json", "migrate", app.name(), "--to", to.name(), "--wait"])
+            .args((!hold).then_some("--no-hold"))
             .stdio(Io::Null, Io::Pipe, Io::Pipe);
         let mut process = self.control.spawn(&program)?;
         let lines = |pipe: Option<std::fs::File>| pipe.map(Lines::collect).unwrap_or_default();
@@ -257,12 +270,13 @@ impl Topology {
         client: &mut Client,
         capture: &Capture,
         to: Site,
+        hold: bool,
         progress: impl Fn(&str),
     ) -> anyhow::Result<Moved> {
         let process_before = self.sites_of(service)?;
         let vlan_before = capture.tag_after(capture.frames(), FRAME).context("before the migration")?;
         client.report()?; // its longest gap starts anew
-        let migration = self.start_migration(service.app, to)?;
+        let migration = self.start_migration(service.app, to, hold)?;
         let mut shown = 0;
         while let Ok(line) = migration.progress.wait_for(shown, OVER, |_| true) {
             progress(&line);

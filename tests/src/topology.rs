@@ -108,6 +108,8 @@ pub enum App {
     Redis,
     /// nginx and a download of half a gigabyte.
     Nginx,
+    /// The lab's pulse: 50,000 numbered datagrams a second, and pings that do not wait for their answers.
+    Pulse,
 }
 
 impl App {
@@ -118,6 +120,7 @@ impl App {
             Self::Film => "film",
             Self::Redis => "redis",
             Self::Nginx => "nginx",
+            Self::Pulse => "pulse",
         }
     }
 
@@ -128,6 +131,7 @@ impl App {
             Self::Film => 8000,
             Self::Redis => 6379,
             Self::Nginx => 80,
+            Self::Pulse => 9000,
         }
     }
 
@@ -138,6 +142,7 @@ impl App {
             Self::Film => "film-server --listen",
             Self::Redis => "redis-server",
             Self::Nginx => "nginx: master",
+            Self::Pulse => "pulse-server --listen",
         }
     }
 }
@@ -202,6 +207,7 @@ impl Topology {
             lab.link((&provider_host, &port), (router, "user0"))?;
             lab.link((router, "service0"), (server, "service0"))?;
             ethtool::as_on_the_wire(router, "user0")?;
+            ethtool::in_order(router, server, "service0")?;
             router.ip(&format!(
                 "addr add 10.1.0.1/24 dev user0\naddr add {net}.1/24 dev service0\nroute add {V}/32 via {net}.2"
             ))?;
@@ -447,6 +453,9 @@ target = {{ command = "{}" }}
                 "--memory-mib",
                 &memory_mib.to_string(),
             ]),
+            App::Pulse => {
+                Program::new(program("pulse-server")?).args(["--listen", &format!("{V}:{}", app.port())])
+            }
             App::Redis => Program::new("redis-server").args([
                 "--bind",
                 &V.to_string(),
@@ -489,6 +498,7 @@ target = {{ command = "{}" }}
         let server = format!("{V}:{}", service.app.port());
         let program = match (service.app, &service.file) {
             (App::Film, _) => Program::new(program("film-viewer")?).args([server]),
+            (App::Pulse, _) => Program::new(program("pulse-client")?).args([server]),
             (App::Redis, _) => Program::new(program("redis-writer")?).args([server]),
             (App::Nginx, Some(file)) => Program::new(program("downloader")?).args([
                 server.as_str(),
@@ -652,8 +662,10 @@ impl Client {
         let client = format!("the {} client on taro", self.app.name());
         match self.app {
             App::Film => drop(self.process.stdin.take()),
-            App::Redis if self.process.ended().is_none() => self.process.signal(Signal::SIGUSR1)?,
-            App::Redis | App::Nginx => {} // the download ends by itself
+            App::Redis | App::Pulse if self.process.ended().is_none() => {
+                self.process.signal(Signal::SIGUSR1)?
+            }
+            App::Redis | App::Pulse | App::Nginx => {} // the download ends by itself
         }
         let ended: Ended = self.process.wait_timeout(CLIENT).with_context(|| client.clone())?;
         while self.next_report().is_ok() {}

@@ -47,7 +47,7 @@ impl Trouble {
     /// Starts the migration; returns when the process is frozen and its image on its way.
     fn migrate_until_frozen(&mut self) -> Migration {
         self.play.client.report().unwrap(); // its longest gap starts anew
-        let migration = self.play.topology.start_migration(App::Film, Site::Backup).unwrap();
+        let migration = self.play.topology.start_migration(App::Film, Site::Backup, true).unwrap();
         let sent = self.image.frames();
         if let Err(e) = self.image.tag_after(sent + IMAGE, SOON) {
             panic!("{e:#}\n{}\n{}", migration.progress.text(), self.play.topology.logs());

@@ -33,6 +33,7 @@ fn forth_and_back(app: App) -> Report {
         for name in [
             "preflight",
             "stage",
+            "hold",
             "freeze",
             "restore",
             "switch",
@@ -81,4 +82,39 @@ fn twenty_migrations_leave_nothing_behind() {
     let left = play.left_since(&before).unwrap();
     assert!(left.is_empty(), "{}", left.join("\n"));
     finish(play);
+}
+
+/// What the next two tests rest on: the lab itself loses and reorders nothing at this rate.
+#[test]
+fn without_a_migration_the_pulse_arrives_in_order() {
+    let mut play = Play::start(App::Pulse).unwrap();
+    assert!(play.client.more(150_000).unwrap().unharmed());
+    let last = finish(play);
+    assert!(last.finished && last.operations > 10_000, "{last:?}");
+}
+
+/// 50,000 numbered datagrams a second and pings that do not wait: everything sent while the service stands still is held
+/// by the gateway and arrives once, in order.
+#[test]
+fn what_the_user_sends_meanwhile_is_held_and_arrives_in_order() {
+    let mut play = Play::start(App::Pulse).unwrap();
+    for to in [Site::Backup, Site::Main] {
+        let moved = migrate(&mut play, to);
+        let session = moved.ending.session.as_ref().unwrap();
+        assert!(session.held_frames.is_some_and(|n| n > 0), "{session:?}");
+        assert_eq!(session.held_dropped, Some(0), "{session:?}");
+    }
+    let last = finish(play);
+    assert!(last.finished && last.operations > 10_000, "{last:?}");
+}
+
+/// The same without hold loses datagrams: the test above can fail, and this is what hold buys.
+#[test]
+fn without_hold_what_the_user_sends_meanwhile_is_lost() {
+    let mut play = Play::start(App::Pulse).unwrap();
+    let moved = play.migrate_with(Site::Backup, false, |_| {}).unwrap();
+    let session = moved.check(Site::Backup).unwrap();
+    assert_eq!((session.held_frames, session.held_dropped), (None, None));
+    let last = play.client.finish().unwrap();
+    assert!(last.bytes_lost > 0 && last.bytes_duplicated == 0, "{last:?}");
 }

@@ -27,6 +27,7 @@ fn play(events: Vec<(u64, Event)>) -> v1::Session {
         gateways: BTreeMap::from([("gw".to_owned(), vec![member])]),
         policy: Policy::Late,
         allow_other_peers: false,
+        hold: None,
         trigger: "operator".into(),
         requested_at_ms: 1,
         findings: Vec::new(),
@@ -76,7 +77,7 @@ fn a_migration_that_went_well() {
         (680, Event::Yielded { sent_us: 655 }),
         (681, Event::Decided { decision: Decision::Commit }),
         (900, Event::Resumed { pid: 7, sent_us: 800 }),
-        (950, Event::Finished { gateway: "gw".into(), sent_us: 905 }),
+        (950, Event::Finished { gateway: "gw".into(), held: None, sent_us: 905 }),
         (990, Event::Ended { sent_us: 904 }),
     ]);
     let s = play(events);
@@ -124,7 +125,7 @@ fn a_failure_names_step_and_reason_and_what_was_undone() {
         reason: "no answer within 3 s".into(),
         sent_us: 610,
     };
-    let undone = |participant, alive| Event::Undone { participant, alive, sent_us: 720 };
+    let undone = |participant, alive| Event::Undone { participant, alive, held: None, sent_us: 720 };
     let gw = Participant::Gateway("gw".into());
     events.extend([
         (700, failed),

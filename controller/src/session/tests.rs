@@ -30,6 +30,7 @@ fn plan(gateways: &[&str], policy: Policy) -> Arc<Plan> {
             .collect(),
         policy,
         allow_other_peers: false,
+        hold: Some(Hold { marker_port: 7446 }),
         trigger: "operator".into(),
         requested_at_ms: 1,
         findings: Vec::new(),
@@ -79,7 +80,7 @@ fn failed(step: Step) -> Event {
 }
 
 fn undone(participant: Participant, alive: bool) -> Event {
-    Event::Undone { participant, alive, sent_us: 0 }
+    Event::Undone { participant, alive, held: None, sent_us: 0 }
 }
 
 fn unconfirmed(participant: Participant) -> Event {
@@ -95,6 +96,7 @@ fn events(plan: &Arc<Plan>) -> Vec<(&'static str, Event)> {
         ("chk-err", checked(Severity::Error)),
         ("staged", Event::Staged { gateway: gw(), ticket: TICKET, sent_us: 0 }),
         ("prep", Event::Prepared { sent_us: 0 }),
+        ("held", Event::Held { gateway: gw(), marker_sent: true, sent_us: 0 }),
         ("frozen", Event::Frozen { vote: Vote::default(), sent_us: 0 }),
         ("switched", Event::Switched { gateway: gw(), window_ns: 0, store_latency_ns: 0, sent_us: 0 }),
         ("yielded", Event::Yielded { sent_us: 0 }),
@@ -106,7 +108,7 @@ fn events(plan: &Arc<Plan>) -> Vec<(&'static str, Event)> {
         ("res-A", Event::Resolved { decision: Decision::Abort, by: "operator".into() }),
         ("resumed", Event::Resumed { pid: 7, sent_us: 0 }),
         ("ended", Event::Ended { sent_us: 0 }),
-        ("finished", Event::Finished { gateway: gw(), sent_us: 0 }),
+        ("finished", Event::Finished { gateway: gw(), held: None, sent_us: 0 }),
         ("un-S", undone(Participant::Source, true)),
         ("un-Sdead", undone(Participant::Source, false)),
         ("un-D", undone(Participant::Destination, false)),
@@ -126,7 +128,8 @@ fn states() -> Vec<(&'static str, State)> {
         ("Staging", State::Staging { tickets: tickets(&[]), prepared: false }),
         ("Staging+G", State::Staging { tickets: tickets(&["gw"]), prepared: false }),
         ("Staging+P", State::Staging { tickets: tickets(&[]), prepared: true }),
-        ("Freezing", State::Freezing { tickets: tickets(&["gw"]) }),
+        ("Holding", State::Holding { tickets: tickets(&["gw"]), held: BTreeMap::new() }),
+        ("Freezing", State::Freezing { tickets: tickets(&["gw"]), markers: ["gw".to_owned()].into() }),
         ("Switching", State::Switching { tickets: tickets(&["gw"]), switched: BTreeSet::new() }),
         ("Yielding", State::Yielding),
         ("Commit?", deciding(Decision::Commit, Reach::Frozen)),
@@ -162,8 +165,9 @@ const TABLE: &str = "
     New             req -> Preflight
     Preflight       chk-ok -> Staging, chk-err -> Refused, failed -> Abort?0, cancel -> Abort?0
     Staging         staged -> Staging+G, prep -> Staging+P, failed -> Abort?1, cancel -> Abort?1
-    Staging+G       prep -> Freezing, failed -> Abort?1, cancel -> Abort?1
-    Staging+P       staged -> Freezing, failed -> Abort?1, cancel -> Abort?1
+    Staging+G       prep -> Holding, failed -> Abort?1, cancel -> Abort?1
+    Staging+P       staged -> Holding, failed -> Abort?1, cancel -> Abort?1
+    Holding         held -> Freezing, failed -> Abort?1, cancel -> Abort?1
     Freezing        frozen -> Switching, failed -> Abort?2, cancel -> Abort?2
     Switching       switched -> Yielding, failed -> Abort?2, cancel -> Abort?2
     Yielding        yielded -> Commit?, failed -> Abort?2, cancel -> Abort?2
@@ -219,6 +223,7 @@ fn label(state: &State) -> String {
             let g = if tickets.is_empty() { "" } else { "+G" };
             format!("Staging{g}{}", if *prepared { "+P" } else { "" })
         }
+        State::Holding { .. } => "Holding".into(),
         State::Freezing { .. } => "Freezing".into(),
         State::Switching { .. } => "Switching".into(),
         State::Yielding => "Yielding".into(),
@@ -318,24 +323,30 @@ fn the_whole_sequence_with_two_gateways() {
             Event::Staged { gateway: g("b"), ticket: TICKET, sent_us: 0 },
             Event::Prepared { sent_us: 0 },
             Event::Staged { gateway: g("a"), ticket: TICKET, sent_us: 0 },
+            Event::Held { gateway: g("b"), marker_sent: true, sent_us: 0 },
+            Event::Held { gateway: g("a"), marker_sent: false, sent_us: 0 },
             Event::Frozen { vote: Vote::default(), sent_us: 0 },
             Event::Switched { gateway: g("a"), window_ns: 0, store_latency_ns: 0, sent_us: 0 },
             Event::Switched { gateway: g("b"), window_ns: 0, store_latency_ns: 0, sent_us: 0 },
             Event::Yielded { sent_us: 0 },
             Event::Decided { decision: Decision::Commit },
             Event::Resumed { pid: 7, sent_us: 0 },
-            Event::Finished { gateway: g("b"), sent_us: 0 },
+            Event::Finished { gateway: g("b"), held: None, sent_us: 0 },
             Event::Ended { sent_us: 0 },
-            Event::Finished { gateway: g("a"), sent_us: 0 },
+            Event::Finished { gateway: g("a"), held: None, sent_us: 0 },
         ],
     );
+    let hold = |g: &str| Command::Hold(g.into(), TICKET.switch, TICKET.generation);
     let switch = |g: &str| Command::Switch(g.into(), TICKET.switch, TICKET.generation);
     let want: Vec<BTreeSet<Command>> = vec![
         [Command::Check].into(),
         [Command::Stage(g("a")), Command::Stage(g("b")), Command::Prepare].into(),
         [].into(),
         [].into(),
-        [Command::Freeze].into(),
+        [hold("a"), hold("b")].into(),
+        [].into(),
+        // the source waits for the marker that is under way only
+        [Command::Freeze([g("b")].into())].into(),
         [switch("a"), switch("b")].into(),
         [].into(),
         [Command::Yield].into(),
@@ -377,6 +388,26 @@ fn without_users_to_switch_no_gateway_is_asked() {
 }
 
 #[test]
+fn nothing_is_held_where_nobody_wants_it() {
+    let mut plan = Arc::unwrap_or_clone(plan(&["gw"], Policy::Late));
+    plan.hold = None;
+    let state = State::Staging { tickets: tickets(&["gw"]), prepared: false };
+    let state = next(&plan, &state, &Event::Prepared { sent_us: 0 }).unwrap();
+    assert_eq!(outstanding(&plan, &state), [Command::Freeze(BTreeSet::new())].into());
+}
+
+#[test]
+fn a_plan_written_before_there_was_hold_is_read() {
+    let plan = plan(&["gw"], Policy::Late);
+    let mut old = serde_json::to_value(&*plan).unwrap();
+    old.as_object_mut().unwrap().remove("hold");
+    assert_eq!(
+        serde_json::from_value::<Plan>(old).unwrap(),
+        Plan { hold: None, ..Arc::unwrap_or_clone(plan) }
+    );
+}
+
+#[test]
 fn findings_of_the_plan_count_too() {
     let mut plan = Arc::unwrap_or_clone(plan(&["gw"], Policy::Late));
     plan.findings = vec![finding(Severity::Error)];
@@ -410,7 +441,8 @@ fn history(plan: &Arc<Plan>, choices: &[u8]) -> (Vec<Entry>, Vec<BTreeSet<Comman
         menu.extend([
             Event::Staged { gateway: g(), ticket: TICKET, sent_us: 0 },
             Event::Switched { gateway: g(), window_ns: 0, store_latency_ns: 0, sent_us: 0 },
-            Event::Finished { gateway: g(), sent_us: 0 },
+            Event::Held { gateway: g(), marker_sent: true, sent_us: 0 },
+            Event::Finished { gateway: g(), held: None, sent_us: 0 },
             undone(Participant::Gateway(g()), false),
             unconfirmed(Participant::Gateway(g())),
         ]);
@@ -497,8 +529,8 @@ proptest! {
                 Command::DecideAbort => Event::Decided { decision: Decision::Abort },
                 Command::Resume => Event::Resumed { pid: 7, sent_us: 0 },
                 Command::End => Event::Ended { sent_us: 0 },
-                Command::Finish(gateway) => Event::Finished { gateway, sent_us: 0 },
-                Command::Undo(participant) => Event::Undone { participant, alive: true, sent_us: 0 },
+                Command::Finish(gateway) => Event::Finished { gateway, held: None, sent_us: 0 },
+                Command::Undo(participant) => Event::Undone { participant, alive: true, held: None, sent_us: 0 },
                 other => return Err(TestCaseError::fail(format!("recovery asks for {other:?}"))),
             };
             session.apply(Entry { at_us: now, event }).unwrap();

@@ -50,6 +50,7 @@ fn request(service: &str, to: &str, users: &[&str]) -> Request {
         users: users.iter().map(|u| (*u).to_owned()).collect(),
         policy: Policy::Late,
         allow_other_peers: false,
+        hold: false,
         trigger: "operator".into(),
     }
 }
@@ -76,7 +77,7 @@ fn play(world: &mut World, request: &Request, events: usize) -> String {
         Event::Decided { decision: Decision::Commit },
         Event::Resumed { pid: 42, sent_us: 0 },
         Event::Ended { sent_us: 0 },
-        Event::Finished { gateway: g(), sent_us: 0 },
+        Event::Finished { gateway: g(), held: None, sent_us: 0 },
     ];
     for event in script.into_iter().take(events) {
         happen(world, &id, event);
@@ -242,7 +243,7 @@ fn what_an_unreachable_gateway_owes_holds_the_service_back_while_it_is_declared(
     happen(&mut w, &id, failed);
     happen(&mut w, &id, Event::Decided { decision: Decision::Abort });
     for participant in [Participant::Source, Participant::Destination] {
-        happen(&mut w, &id, Event::Undone { participant, alive: true, sent_us: 0 });
+        happen(&mut w, &id, Event::Undone { participant, alive: true, held: None, sent_us: 0 });
     }
     let gw = Participant::Gateway("gw".into());
     happen(&mut w, &id, Event::Unconfirmed { participant: gw, reason: "no answer".into() });

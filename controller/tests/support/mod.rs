@@ -3,7 +3,7 @@
 #![allow(dead_code, missing_docs)] // each test file uses its part
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     path::{Path, PathBuf},
     sync::{
         Arc, Mutex,
@@ -191,6 +191,8 @@ pub struct GatewayState {
     pub users: BTreeMap<String, String>,
     /// migration -> (from, to, users, switched)
     pub staged: BTreeMap<String, (String, String, Vec<String>, bool)>,
+    /// migrations whose users' frames are held
+    pub held: BTreeSet<String>,
 }
 
 impl FakeGateway {
@@ -316,11 +318,9 @@ impl Gateway for FakeGateway {
                 if *switched || (r.switch, r.generation) != (1, 7) {
                     return Err(Status::failed_precondition("not what was staged"));
                 }
-                Ok(v1::HoldResponse {
-                    users: users.len() as u32,
-                    marker_sent: r.marker.is_some(),
-                    took_us: 80,
-                })
+                let users = users.len() as u32;
+                s.held.insert(r.migration.clone());
+                Ok(v1::HoldResponse { users, marker_sent: r.marker.is_some(), took_us: 80 })
             })
             .await
     }
@@ -337,7 +337,8 @@ impl Gateway for FakeGateway {
                     return Ok(v1::AbortSwitchResponse::default());
                 };
                 s.users.extend(users.into_iter().map(|u| (u, from.clone())));
-                Ok(v1::AbortSwitchResponse { was_switched, held: None })
+                let held = s.held.remove(&r.migration).then(figures);
+                Ok(v1::AbortSwitchResponse { was_switched, held })
             })
             .await
     }
@@ -349,10 +350,24 @@ impl Gateway for FakeGateway {
         let r = request.into_inner();
         self.stage
             .call(&self.name, "finish", &r.migration, || {
-                self.state.lock().unwrap().staged.remove(&r.migration);
-                Ok(v1::FinishSwitchResponse::default())
+                let mut s = self.state.lock().unwrap();
+                s.staged.remove(&r.migration);
+                Ok(v1::FinishSwitchResponse { held: s.held.remove(&r.migration).then(figures) })
             })
             .await
+    }
+}
+
+/// Of every hold here.
+fn figures() -> v1::HoldFigures {
+    v1::HoldFigures {
+        frames: 12,
+        bytes: 1200,
+        dropped_user_bound: 2,
+        dropped_memory: 1,
+        lost: 4,
+        late: 5,
+        release_us: 90,
     }
 }
 
@@ -457,6 +472,7 @@ impl Migrator for FakeMigrator {
                 Ok(v1::FreezeResponse {
                     markers_seen: r.markers.len() as u32,
                     steps: vec![
+                        timing("quiet", 2, 8),
                         timing("fence", 10, 20),
                         timing("dump", 30, 100),
                         timing("copy", 60, 200),

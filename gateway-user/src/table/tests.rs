@@ -581,3 +581,163 @@ fn routers_are_learned_unless_configured() {
     world.configure(&request).unwrap();
     assert_eq!(world.maps.routers[&index], Router::UNKNOWN.0);
 }
+
+// hold and release
+
+const FIGURES: HoldFigures = HoldFigures {
+    frames: 9,
+    bytes: 900,
+    dropped_user_bound: 1,
+    dropped_memory: 2,
+    lost: 3,
+    late: 4,
+    release_us: 5,
+};
+
+impl World {
+    fn hold(&mut self, staged: StageAnswer, address: Ipv4Addr) -> Result<bool, Refusal> {
+        let step = self.table.hold("m", staged.switch.into(), staged.generation, address)?;
+        assert_eq!((step.index, step.users, step.user.0), (staged.switch, 2, HANAKO));
+        assert_eq!((step.word.selector(), step.word.phase()), (Selector::A, Phase::Hold));
+        if !step.again {
+            self.maps.apply(&[Write::Switch { index: step.index, word: step.word }]);
+        }
+        Ok(step.again)
+    }
+
+    /// What the release says, its word stored.
+    fn release(&mut self, to: Selector) -> Result<String, Refusal> {
+        Ok(match self.table.release("m", to)? {
+            Release::NotHeld => "not held".into(),
+            Release::Done => "done".into(),
+            Release::Drain { index, word, slots } => {
+                assert_eq!((word.selector(), word.phase(), slots.len()), (to, Phase::Drain, 2));
+                self.maps.apply(&[Write::Switch { index, word }]);
+                "drain".into()
+            }
+        })
+    }
+
+    fn phase(&self) -> &'static str {
+        self.table.switches().next().map_or("none", |s| s.phase)
+    }
+}
+
+/// The states of a held migration `m`, by how they come about.
+const HELD: [&str; 6] = ["held", "switched", "aborting", "finishing", "released a", "released b"];
+
+fn in_held_state(state: &str) -> (World, StageAnswer) {
+    let (mut world, staged) = in_state("staged");
+    assert_eq!(world.hold(staged, V), Ok(false));
+    if matches!(state, "switched" | "finishing" | "released b") {
+        world.switch("m", staged, BOTH, "net2").unwrap();
+    }
+    match state {
+        "aborting" | "released a" => assert_eq!(world.release(Selector::A).unwrap(), "drain"),
+        "finishing" | "released b" => assert_eq!(world.release(Selector::B).unwrap(), "drain"),
+        _ => {}
+    }
+    if state.starts_with("released") {
+        world.table.released("m", FIGURES);
+    }
+    (world, staged)
+}
+
+#[test]
+fn every_call_in_every_state_of_a_hold() {
+    type Call = fn(&mut World, StageAnswer) -> Result<String, Refusal>;
+    let hold: Call = |w, s| w.hold(s, V).map(|again| again.to_string());
+    let switch: Call = |w, s| w.switch("m", s, BOTH, "net2").map(|a| a.window_ns.to_string());
+    let to_old: Call = |w, _| w.release(Selector::A);
+    let to_new: Call = |w, _| w.release(Selector::B);
+    let abort: Call = |w, _| w.abort("m").map(|was| was.to_string());
+    let finish: Call = |w, _| w.finish("m").map(|()| "ok".into());
+
+    let m = || "m".to_string();
+    let (is, no) = (|text: &str| Ok(text.to_string()), Err);
+    let (releasing, unreleased) = (|| no(Refusal::Releasing(m())), || no(Refusal::NotReleased(m())));
+    type Answers = [Result<String, Refusal>; 6];
+    #[rustfmt::skip]
+    let table: [(&str, Call, Answers); 6] = [
+        // held, switched, aborting, finishing, released a, released b
+        ("hold", hold, [
+            is("true"), no(Refusal::Switched(m())), releasing(), releasing(), releasing(), releasing(),
+        ]),
+        ("switch", switch, [
+            is("7"), is("7"), no(Refusal::Aborted(m())), is("7"), no(Refusal::Aborted(m())), is("7"),
+        ]),
+        ("release to the old", to_old, [
+            is("drain"), is("drain"), is("drain"), releasing(), is("done"), releasing(),
+        ]),
+        ("release to the new", to_new, [
+            no(Refusal::NotSwitched(m())), is("drain"), no(Refusal::NotSwitched(m())), is("drain"),
+            no(Refusal::NotSwitched(m())), is("done"),
+        ]),
+        ("abort", abort, [
+            unreleased(), unreleased(), unreleased(), unreleased(), is("false"), is("true"),
+        ]),
+        ("finish", finish, [
+            no(Refusal::NotSwitched(m())), unreleased(), no(Refusal::NotSwitched(m())), unreleased(),
+            no(Refusal::NotSwitched(m())), is("ok"),
+        ]),
+    ];
+    for (name, call, answers) in table {
+        for (state, answer) in HELD.into_iter().zip(answers) {
+            let (world, staged) = in_held_state(state);
+            // figures are in the maps until the switch ends: a release that was over is asked for once more
+            let restarts = !state.starts_with("released");
+            let restarted = world.restarted(&world.table.snapshot());
+            assert_eq!(restarted.maps.switches, world.maps.switches, "{state}: the words stay as they are");
+            assert_eq!(restarted.phase(), world.phase(), "{state}");
+            for (what, mut world) in [("", Some(world)), (", restarted,", restarts.then_some(restarted))]
+                .into_iter()
+                .filter_map(|(what, world)| Some((what, world?)))
+            {
+                assert_eq!(call(&mut world, staged), answer, "{name} when {state}{what}");
+                assert_eq!(call(&mut world, staged), answer, "{name} twice when {state}{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_hold_ends_with_its_switch_and_its_figures_are_remembered_as_long() {
+    for (state, vids) in [("released a", OLD), ("released b", NEW)] {
+        let (mut world, _) = in_held_state(state);
+        assert_eq!(world.phase(), "drain");
+        assert_eq!(world.table.past_hold("m"), None);
+        match state {
+            "released a" => assert_eq!(world.abort("m"), Ok(false)),
+            _ => world.finish("m").unwrap(),
+        }
+        assert_eq!(world.vids(), vids);
+        for world in [&world, &world.restarted(&world.table.snapshot())] {
+            assert_eq!(world.table.past_hold("m"), Some(FIGURES), "{state}");
+        }
+        // the switch is another one's, and holds nothing
+        let next = world.stage("n", &["jiro"], "net2", "net3").unwrap();
+        assert_eq!(world.phase(), "forward");
+        world.switch("n", next, &["jiro"], "net3").unwrap();
+        world.finish("n").unwrap();
+        assert_eq!(world.table.past_hold("n"), None);
+    }
+}
+
+#[test]
+fn a_hold_that_is_not_what_was_staged_changes_nothing() {
+    let (mut world, staged) = in_state("staging");
+    assert_eq!(world.hold(staged, V), Err(Refusal::StillStaging("m".into())));
+    let (mut world, staged) = in_state("staged");
+    let before = world.maps.clone();
+    let other = StageAnswer { generation: staged.generation + 1, ..staged };
+    assert!(matches!(world.hold(other, V), Err(Refusal::Differs { .. })));
+    assert_eq!((world.maps.clone(), world.phase()), (before, "forward"));
+    assert_eq!(world.hold(staged, V), Ok(false));
+    let elsewhere = Ipv4Addr::new(203, 0, 113, 11);
+    let refused = world.hold(staged, elsewhere).unwrap_err();
+    assert!(refused.to_string().contains("held address"), "{refused}");
+    // unstaging needs the release as well
+    assert_eq!(world.abort("m"), Err(Refusal::NotReleased("m".into())));
+    let (mut world, staged) = in_state("finished");
+    assert_eq!(world.hold(staged, V), Err(Refusal::Finished("m".into())));
+}

@@ -6,6 +6,7 @@
 
 pub mod content;
 pub mod film;
+pub mod pulse;
 pub mod resp;
 
 use std::{
@@ -31,6 +32,15 @@ pub struct Report {
     pub reconnects: u64,
     /// Records, acknowledged writes or downloads completed.
     pub operations: u64,
+    /// Datagrams that came after a later one.
+    #[serde(default)]
+    pub reordered: u64,
+    /// Segments that TCP sent again.
+    #[serde(default)]
+    pub retransmissions: u64,
+    /// The shortest time from a question to its answer, microseconds.
+    #[serde(default)]
+    pub round_trip_us: u64,
     /// The longest time between two arrivals since the last report, microseconds.
     pub longest_gap_us: u64,
     /// The work is done and was checked to the end.
@@ -40,10 +50,11 @@ pub struct Report {
 }
 
 impl Report {
-    /// Nothing was lost, repeated or reopened.
+    /// Nothing was lost, repeated, reordered or reopened.
     #[must_use]
     pub fn unharmed(&self) -> bool {
-        self.bytes_lost == 0 && self.bytes_duplicated == 0 && self.reconnects == 0 && self.error.is_none()
+        let Self { bytes_lost, bytes_duplicated, reconnects, reordered, error, .. } = self;
+        [*bytes_lost, *bytes_duplicated, *reconnects, *reordered] == [0; 4] && error.is_none()
     }
 }
 

@@ -64,6 +64,10 @@ pub struct Args {
     /// Migrate though the service has connections of others than the users to switch; those break.
     #[arg(long)]
     allow_other_peers: bool,
+    /// Do not keep the users' frames for the service at the gateways while it stands still: they are lost, and TCP sends
+    /// them again when its timer says so.
+    #[arg(long)]
+    no_hold: bool,
 }
 
 /// # Errors
@@ -81,6 +85,7 @@ pub async fn run(args: Args, to: &Where, format: Format) -> anyhow::Result<Exit>
         dry_run: args.dry_run,
         policy: policy.into(),
         allow_other_peers: args.allow_other_peers,
+        no_hold: args.no_hold,
         trigger: "operator".into(),
     };
     let mut client = to.connect().await?;

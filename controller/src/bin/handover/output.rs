@@ -145,7 +145,8 @@ pub fn steps_table(session: &v1::Session) -> String {
     let mut steps: Vec<&v1::SessionStep> = session.steps.iter().collect();
     steps.sort_by_key(|s| s.started_us);
     let rows = steps.into_iter().map(|s| {
-        let inner = matches!(s.name.as_str(), "fence" | "dump" | "copy" | "restore" | "address");
+        // everything else is a part that a daemon named, inside the call before it
+        let inner = !OUTER.contains(&s.name.as_str());
         vec![
             Cell::new(if inner { format!("  {}", s.name) } else { s.name.clone() }),
             Cell::new(&s.actor),
@@ -157,6 +158,27 @@ pub fn steps_table(session: &v1::Session) -> String {
     });
     table(&["STEP", "BY", "START (ms)", "TOOK (ms)", "STATE", "DETAIL"], &[2, 3], rows.collect())
 }
+
+/// Steps that are a call or an act of the controller's own.
+const OUTER: [&str; 17] = [
+    "request",
+    "preflight",
+    "stage",
+    "prepare",
+    "hold",
+    "freeze",
+    "switch",
+    "yield",
+    "decision",
+    "resume",
+    "end",
+    "finish",
+    "abort",
+    "cancel",
+    "resolve",
+    "completed",
+    "rolled-back",
+];
 
 /// A session for a person: who, where, what became of it, its steps.
 pub fn session_text(s: &v1::Session) -> String {
@@ -173,11 +195,16 @@ pub fn session_text(s: &v1::Session) -> String {
     ];
     if s.frozen_us > 0 {
         lines.push(format!(
-            "frozen     {} ms at most, {} KiB of images, {} connections",
+            "frozen     {} ms at most, {} KiB of images, {} connection{}",
             ms(s.frozen_us),
             s.image_bytes.div_ceil(1024),
-            s.connections
+            s.connections,
+            if s.connections == 1 { "" } else { "s" }
         ));
+    }
+    if let Some(frames) = s.held_frames {
+        let (dropped, late) = (s.held_dropped.unwrap_or(0), s.held_late.unwrap_or(0));
+        lines.push(format!("held       {frames} frames kept and sent on, {dropped} dropped, {late} late"));
     }
     if let Some(window) = s.switch_window_ns {
         lines.push(format!("switch     window {}.{:03} us", window / 1000, window % 1000));

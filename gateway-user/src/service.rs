@@ -15,7 +15,7 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -239,7 +239,14 @@ impl Gateway {
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
-        self.0.core.lock().unwrap_or_else(PoisonError::into_inner)
+        match self.0.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // somebody changes many users: see there
+            Err(TryLockError::WouldBlock) => {
+                long(|| self.0.core.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+        }
     }
 
     /// Learns the routers' MACs from what they say.

@@ -60,8 +60,15 @@ pub struct Row {
     pub daemon_kib: u64,
 }
 
+/// Calls that did not get through.
+#[derive(Debug, Serialize)]
+pub struct Failed {
+    pub users: u32,
+    pub why: String,
+}
+
 /// Measures for each number of users.
-pub fn run(users: &[u32]) -> anyhow::Result<Vec<Row>> {
+pub fn run(users: &[u32]) -> anyhow::Result<Vec<Result<Row, Failed>>> {
     place::cable("acc0", "user0")?;
     place::cable("wan0", "up0")?;
     for end in ["user0", "up0"] {
@@ -75,12 +82,12 @@ pub fn run(users: &[u32]) -> anyhow::Result<Vec<Row>> {
         .iter()
         .map(|&users| {
             eprintln!("{users} users, switched by calls ...");
-            runtime.block_on(row(users)).with_context(|| format!("with {users} users"))
+            runtime.block_on(row(users)).map_err(|error| Failed { users, why: format!("{error:#}") })
         })
         .collect();
     place::ip("link del acc0")?;
     place::ip("link del wan0")?;
-    rows
+    Ok(rows)
 }
 
 async fn row(count: u32) -> anyhow::Result<Row> {
@@ -221,7 +228,7 @@ impl Drop for Daemon {
     }
 }
 
-pub fn print(rows: &[Row]) {
+pub fn print(rows: &[Result<Row, Failed>]) {
     println!("Calls of the controller over mutual TLS on a warm connection:");
     let mut table = table(
         1,
@@ -239,6 +246,13 @@ pub fn print(rows: &[Row]) {
         ],
     );
     for row in rows {
+        let row = match row {
+            Ok(row) => row,
+            Err(failed) => {
+                println!("  {} users: FAILED: {}", failed.users, failed.why);
+                continue;
+            }
+        };
         table.add_row([
             row.users.to_string(),
             row.round_trip.runs.to_string(),

@@ -22,7 +22,7 @@ struct Report {
     /// Reading the clock twice, part of every time measured here.
     timer: Times,
     live: live::Live,
-    api: Vec<api::Row>,
+    api: Vec<Result<api::Row, api::Failed>>,
     peers: Vec<peers::Row>,
 }
 
@@ -51,6 +51,8 @@ impl Report {
     fn verdict(&self) -> anyhow::Result<()> {
         let tally = self.live.frames;
         anyhow::ensure!(tally.is_flawless(), "frames were lost, duplicated or sent astray: {tally:?}");
+        let failed: Vec<_> = self.api.iter().filter_map(|row| row.as_ref().err()).collect();
+        anyhow::ensure!(failed.is_empty(), "calls failed: {failed:?}");
         Ok(())
     }
 

@@ -1,17 +1,23 @@
 //! A gateway: the real table, its writes carried out on the real words. A start of the daemon forgets everything.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, net::Ipv4Addr};
 
-use gateway_ebpf::{SwitchWord, UserWord};
+use gateway_ebpf::{SwitchWord, UserWord, words::Selector};
 use handover_gateway::{
     mac::Mac,
-    table::{Refusal, Retired, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table, Write},
+    table::{
+        HoldFigures, Refusal, Release, Retired, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table,
+        Write,
+    },
 };
 
 use crate::{
     mutation::Mutation,
     sim::{Answer, Ev, Failed, GatewayView, MS, Msg, Reply, Sim},
 };
+
+/// The service's address.
+const V: Ipv4Addr = Ipv4Addr::new(203, 0, 113, 10);
 
 /// Who is staged with what: what a switch has to name again.
 type Staged = BTreeMap<String, (Vec<String>, String)>;
@@ -203,14 +209,23 @@ impl Sim {
         }
     }
 
-    /// What is held is no part of who is where: only that it is asked for while it can be.
     fn hold(&mut self, g: usize, id: &str, switch: u32, generation: u64) -> Reply {
-        let staged = self.gateways[g].table.switches().any(|s| {
-            s.migration == id
-                && s.state == "staged"
-                && (u32::from(s.index), s.generation) == (switch, generation)
-        });
-        if staged { Ok(Answer::Done) } else { Err(Failed::Refused(format!("{id} is not staged here"))) }
+        match self.gateways[g].table.hold(id, switch, generation, V) {
+            Ok(step) => {
+                self.gateways[g].write(&[Write::Switch { index: step.index, word: step.word }]);
+                Ok(Answer::Done)
+            }
+            Err(r) => refused(&r),
+        }
+    }
+
+    /// What was held goes to one side before the switch ends there.
+    fn release(&mut self, g: usize, id: &str, to: Selector) -> Result<(), Refusal> {
+        if let Release::Drain { index, word, .. } = self.gateways[g].table.release(id, to)? {
+            self.gateways[g].write(&[Write::Switch { index, word }]);
+            self.gateways[g].table.released(id, HoldFigures::default());
+        }
+        Ok(())
     }
 
     fn unstage(&mut self, g: usize, id: &str) -> Reply {
@@ -222,7 +237,8 @@ impl Sim {
         {
             return Ok(Answer::Done);
         }
-        match self.gateways[g].table.abort(id) {
+        let released = self.release(g, id, Selector::A);
+        match released.and_then(|()| self.gateways[g].table.abort(id)) {
             Ok(step) => {
                 self.gateways[g].write(&step.writes);
                 self.retire(g, step.retired);
@@ -238,7 +254,8 @@ impl Sim {
         if known && !self.committed(session) {
             self.violated(|| format!("gw{g} finishes {id} without COMMIT"));
         }
-        match self.gateways[g].table.finish(id) {
+        let released = self.release(g, id, Selector::B);
+        match released.and_then(|()| self.gateways[g].table.finish(id)) {
             Ok((writes, retired)) => {
                 self.gateways[g].write(&writes);
                 self.retire(g, retired);

@@ -263,7 +263,7 @@ fn looked_up_twice(ctx: &XdpContext) -> Option<u32> {
     // SAFETY: checked by `xdp_at`; the value is copied.
     let vid = unsafe {
         let mac = source_mac(*xdp_at::<[u16; 3]>(ctx, 6)?);
-        *OUTER.get(0)?.get(&mac)?
+        *OUTER.get(0)?.get(mac)?
     };
     tagged(ctx, vid as u16)
 }

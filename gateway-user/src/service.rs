@@ -15,7 +15,7 @@ use std::{
     net::Ipv4Addr,
     path::{Path, PathBuf},
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
     },
     time::{Duration, Instant},
@@ -212,16 +212,21 @@ impl Gateway {
                 None => None,
                 Some(store) => {
                     let store = Arc::clone(store).lock_owned().await;
-                    let mut next = gateway.core().table.clone();
-                    change(&mut next)?;
-                    Some(save(store, next.snapshot()).await?)
+                    let snapshot = long(|| {
+                        let mut next = gateway.core().table.clone();
+                        change(&mut next)?;
+                        Ok::<_, Refusal>(next.snapshot())
+                    })?;
+                    Some(save(store, snapshot).await?)
                 }
             };
-            let mut core = gateway.core();
-            // the same again: meanwhile only a switch can have been made, of another migration or refused here
-            let (answer, writes) = change(&mut core.table)?;
-            core.plane.apply(&writes).map_err(|e| internal(&e))?;
-            Ok(answer)
+            long(|| {
+                let mut core = gateway.core();
+                // the same again: meanwhile only a switch can have been made, of another migration or refused here
+                let (answer, writes) = change(&mut core.table)?;
+                core.plane.apply(&writes).map_err(|e| internal(&e))?;
+                Ok(answer)
+            })
         });
         task.await.map_err(|error| Status::internal(error.to_string()))?
     }
@@ -232,7 +237,7 @@ impl Gateway {
         let gateway = self.clone();
         tokio::spawn(async move {
             let store = store.lock_owned().await;
-            let snapshot = gateway.core().table.snapshot();
+            let snapshot = long(|| gateway.core().table.snapshot());
             if let Err(status) = save(store, snapshot).await {
                 tracing::error!(
                     error = status.message(),
@@ -243,7 +248,14 @@ impl Gateway {
     }
 
     fn core(&self) -> MutexGuard<'_, Core> {
-        self.0.core.lock().unwrap_or_else(PoisonError::into_inner)
+        match self.0.core.try_lock() {
+            Ok(core) => core,
+            Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
+            // somebody changes many users: see there
+            Err(TryLockError::WouldBlock) => {
+                long(|| self.0.core.lock().unwrap_or_else(PoisonError::into_inner))
+            }
+        }
     }
 
     /// Learns the routers' MACs from what they say.
@@ -646,6 +658,12 @@ fn set_ports(plane: &mut Plane, [access, wan]: &[Link; 2]) -> Result<(), StartEr
     Ok(())
 }
 
+/// Work that takes long with many users (a million: seconds). This thread's other tasks go on elsewhere meanwhile, among them
+/// the connection whose call it is, which would else be taken for dead.
+fn long<T>(work: impl FnOnce() -> T) -> T {
+    tokio::task::block_in_place(work)
+}
+
 type HeldStore = tokio::sync::OwnedMutexGuard<Store>;
 
 /// Puts `snapshot` on disk, off the runtime's threads.
@@ -781,7 +799,7 @@ impl gateway_server::Gateway for Gateway {
         request: Request<v1::ConfigureRequest>,
     ) -> Result<Response<v1::ConfigureResponse>, Status> {
         require_role(&request, CONTROLLER)?;
-        let desired = Desired::new(request.get_ref(), &self.0.wiring)?;
+        let desired = long(|| Desired::new(request.get_ref(), &self.0.wiring))?;
         let _one_at_a_time = self.0.configuring.lock().await;
         {
             let mut core = self.core();
@@ -795,11 +813,14 @@ impl gateway_server::Gateway for Gateway {
             None => None,
             Some(store) => {
                 let store = Arc::clone(store).lock_owned().await;
-                let (next, ..) = self.core().table.configured(&desired)?;
-                Some(save(store, next.snapshot()).await?)
+                let snapshot = long(|| {
+                    let (next, ..) = self.core().table.configured(&desired)?;
+                    Ok::<_, Refusal>(next.snapshot())
+                })?;
+                Some(save(store, snapshot).await?)
             }
         };
-        let retired = {
+        let retired = long(|| {
             let mut core = self.core();
             let (next, writes, retired) = core.table.configured(&desired)?;
             core.plane.apply(&writes).map_err(|e| internal(&e))?;
@@ -811,8 +832,8 @@ impl gateway_server::Gateway for Gateway {
                 writes = writes.len(),
                 "configured"
             );
-            retired
-        };
+            Ok::<_, Status>(retired)
+        })?;
         drop(_kept);
         self.retire(retired).await?;
         for network in self.ask_unknown_routers().await {
@@ -941,7 +962,7 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let v1::StageRequest { migration, users, from_network, to_network } = request.into_inner();
         desired::name("migration", &migration)?;
-        let step = self.core().table.stage_begin(&migration, &users, &from_network, &to_network)?;
+        let step = long(|| self.core().table.stage_begin(&migration, &users, &from_network, &to_network))?;
         let answer = match step {
             StageStep::Done(answer) => answer,
             StageStep::Introduce { network, users } => {

@@ -75,7 +75,8 @@ enum Verb {
 
 #[derive(Subcommand)]
 enum Bench {
-    /// The single-store switch beside updating the user map by system call, for 1, 1,000 and 65,536 users.
+    /// The single-store switch, every frame accounted for, beside map updates, a map-in-map swap and Open vSwitch, for 1 to
+    /// 1,000,000 users.
     Switch {
         /// Print one JSON object alone on stdout.
         #[arg(long)]
@@ -90,6 +91,13 @@ enum Bench {
         /// Arguments of the lab.
         #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
         args: Vec<String>,
+    },
+    /// What a frame costs: the gateway's program beside a bare redirect, tc, Open vSwitch and the Linux bridge, for 65,536 and
+    /// 1,000,000 users.
+    Forward {
+        /// Print one JSON object alone on stdout.
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -107,6 +115,7 @@ fn main() -> ExitCode {
         Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation),
         Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
         Verb::Bench { what: Bench::Migrate { args } } => verbs::bench_migrate(&args),
+        Verb::Bench { what: Bench::Forward { json } } => verbs::gateway_bench(&words("forward", &[], json)),
         Verb::Fuzz { frames, seed, json } => {
             verbs::gateway_bench(&words("fuzz", &[("--frames", frames), ("--seed", seed)], json))
         }

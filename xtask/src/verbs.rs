@@ -13,7 +13,7 @@ use crate::{
 };
 
 /// The crates that only build for the BPF target.
-const BPF_CRATES: [&str; 2] = ["gateway-ebpf", "lab-provider-ebpf"];
+const BPF_CRATES: [&str; 3] = ["gateway-bench-ebpf", "gateway-ebpf", "lab-provider-ebpf"];
 
 /// `cargo xtask run`: the lab's own `run`.
 pub fn run(args: &[String]) -> anyhow::Result<ExitCode> {
@@ -24,9 +24,13 @@ pub fn run(args: &[String]) -> anyhow::Result<ExitCode> {
     hand_over(Command::new(&lab).arg("run").args(args))
 }
 
-/// `cargo xtask bench` and `cargo xtask fuzz`: the gateway's own bench.
+/// `cargo xtask bench` and `cargo xtask fuzz`: the gateway's own bench, with the daemon beside it.
 pub fn gateway_bench(args: &[String]) -> anyhow::Result<ExitCode> {
-    release("handover-gateway", "handover-gateway-bench", args)
+    setup::run()?;
+    let mut build = cargo();
+    build.args(["build", "--quiet", "--release", "--bins"]);
+    run_command(build.args(["--package", "handover-gateway", "--package", "handover-gateway-bench"]))?;
+    hand_over(Command::new(target_dir().join("release/handover-gateway-bench")).args(args))
 }
 
 /// `cargo xtask bench migrate`: the lab's bench, everything built as it is shipped.

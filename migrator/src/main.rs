@@ -7,8 +7,8 @@ use clap::{Parser, Subcommand};
 use handover_api::tls::{Tls, TlsError};
 use handover_migrator::{
     config::{Config, ConfigError},
-    keeper,
     error::{Error, chain},
+    keeper,
     local::{self, Way},
     node::Node,
     server,

@@ -163,7 +163,7 @@ impl Play {
     /// # Errors
     /// With the daemons' logs.
     pub fn start_film_in(topology: Topology, memory_mib: u16) -> anyhow::Result<Self> {
-        Self::start_with(topology, App::Film, memory_mib, |_| {})
+        Self::start_with(topology, App::Film, memory_mib, 1, |_| {})
     }
 
     /// Brings it up in a topology that has no daemons yet; `progress` is told what comes next.

@@ -14,7 +14,7 @@ use aya::{
 use gateway_bench_ebpf::{FRAME_LEN, IP, IP_AT, JOURNAL, Next, OUT, SOURCE_AT, USER_NET, USER_OUI, checksum};
 use handover_api::v1;
 use handover_gateway::{
-    desired::Desired,
+    desired::{Desired, Wiring},
     hold::Bounds,
     mac::Mac,
     mapping::Mapping,
@@ -347,9 +347,9 @@ pub fn inventory(users: u32) -> v1::ConfigureRequest {
 pub fn gateway(users: u32, access: u32, wan: u32) -> anyhow::Result<(Table, Plane)> {
     let options = Options { max_users: users, virtual_router_mac: VIRTUAL_ROUTER, hold: Bounds::default() };
     let mut plane = Plane::load(&options).context("the benchmark loads the real programs")?;
-    plane.set_port(Side::Access, access, LARGEST)?;
-    plane.set_port(Side::Wan, wan, LARGEST)?;
-    let desired = Desired::new(&inventory(users), VIRTUAL_ROUTER)?;
+    plane.set_port(Side::Access.port(), access, LARGEST)?;
+    plane.set_port(Side::Wan.port(), wan, LARGEST)?;
+    let desired = Desired::new(&inventory(users), &Wiring::single(VIRTUAL_ROUTER))?;
     let (table, writes, _) = Table::new(users).configured(&desired)?;
     plane.apply(&writes)?;
     Ok((table, plane))

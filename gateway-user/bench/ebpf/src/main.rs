@@ -172,7 +172,7 @@ fn hand_on(ctx: &XdpContext) -> u32 {
     xdp_action::XDP_ABORTED
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn source(ctx: XdpContext) -> u32 {
     match produce(&ctx, false) {
         Some(()) => hand_on(&ctx),
@@ -180,7 +180,7 @@ pub fn source(ctx: XdpContext) -> u32 {
     }
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn source_noted(ctx: XdpContext) -> u32 {
     match produce(&ctx, true) {
         Some(()) => hand_on(&ctx),
@@ -188,17 +188,17 @@ pub fn source_noted(ctx: XdpContext) -> u32 {
     }
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn pass(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_PASS
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn drop(_ctx: XdpContext) -> u32 {
     xdp_action::XDP_DROP
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn redirect(_ctx: XdpContext) -> u32 {
     out()
 }
@@ -210,7 +210,7 @@ fn out() -> u32 {
     }
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn redirect_tagged(ctx: XdpContext) -> u32 {
     tagged(&ctx, 1).unwrap_or(xdp_action::XDP_ABORTED)
 }
@@ -241,7 +241,7 @@ fn source_mac(mac: [u16; 3]) -> u64 {
     mac[0] as u64 | (mac[1] as u64) << 16 | (mac[2] as u64) << 32
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn by_hash_map(ctx: XdpContext) -> u32 {
     looked_up(&ctx).unwrap_or(xdp_action::XDP_DROP)
 }
@@ -253,7 +253,7 @@ fn looked_up(ctx: &XdpContext) -> Option<u32> {
     tagged(ctx, vid as u16)
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn by_map_in_map(ctx: XdpContext) -> u32 {
     looked_up_twice(&ctx).unwrap_or(xdp_action::XDP_DROP)
 }
@@ -269,7 +269,7 @@ fn looked_up_twice(ctx: &XdpContext) -> Option<u32> {
 }
 
 /// Enters what came out.
-#[xdp]
+#[xdp(frags)]
 pub fn sink(ctx: XdpContext) -> u32 {
     enter(&ctx);
     count_one();
@@ -302,7 +302,7 @@ fn count_one() {
     }
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn count(_ctx: XdpContext) -> u32 {
     count_one();
     xdp_action::XDP_DROP
@@ -320,7 +320,7 @@ struct Arp {
     tpa: [u16; 2],
 }
 
-#[xdp]
+#[xdp(frags)]
 pub fn router(ctx: XdpContext) -> u32 {
     answer(&ctx).unwrap_or(xdp_action::XDP_DROP)
 }

@@ -470,7 +470,7 @@ impl Controller {
         let mut configured = peer.configured.lock().await;
         let mut client = peer.gateway();
         let status = answer(client.status(with_deadline(v1::GatewayStatusRequest {}))).await?;
-        let request = self.configuration(&peer.name);
+        let request = self.world().configuration(&peer.name);
         let revision = request.revision;
         if status.revision == revision && *configured == Some((status.boot_id.clone(), revision)) {
             return Ok(status);
@@ -485,35 +485,6 @@ impl Controller {
         tracing::info!(gateway = peer.name, revision, boot = status.boot_id, "configured");
         *configured = Some((status.boot_id.clone(), revision));
         Ok(v1::GatewayStatus { revision, ..status })
-    }
-
-    fn configuration(&self, gateway: &str) -> v1::ConfigureRequest {
-        let world = self.world();
-        let inventory = &world.inventory;
-        v1::ConfigureRequest {
-            revision: world.revision,
-            networks: inventory
-                .networks
-                .iter()
-                .map(|(name, n)| v1::Network {
-                    name: name.clone(),
-                    vid: n.vid.map(u32::from),
-                    router_address: n.router_address.to_string(),
-                    router_mac: n.router_mac.clone(),
-                })
-                .collect(),
-            users: inventory
-                .users
-                .iter()
-                .filter(|(_, u)| u.gateway == gateway)
-                .map(|(name, u)| v1::User {
-                    name: name.clone(),
-                    mac: u.mac.clone(),
-                    addresses: u.addresses.iter().map(ToString::to_string).collect(),
-                    network: world.users.get(name).cloned().unwrap_or_default(),
-                })
-                .collect(),
-        }
     }
 
     /// Asks a peer whether it is there.

@@ -11,11 +11,12 @@
 //!                              peers (warm channels to gateways and migrators)
 //! ```
 //!
-//! Pure: [`session`], [`world`], [`inventory`], [`patience`], [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls,
+//! Pure: [`session`], [`world`] (with what gateways are told of it), [`inventory`], [`patience`], [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls,
 //! [`server`]. The daemon `handover-controller` and the CLI `handover` are thin on top.
 
 mod calls;
 pub mod config;
+mod configuration;
 pub mod controller;
 mod driver;
 pub mod inventory;

@@ -2,13 +2,13 @@
 //! names of everything that can become of a frame.
 //!
 //! ```text
-//!  source MAC + access interface --USER_INDEX--> slot --USER--> { word, identity }
-//!                                                                  |
+//!  source MAC, access interface, tag --USER_INDEX--> slot --USER--> { word, identity, access }
+//!                                                                      |
 //!                        word: network a | network b | switch s | generation
 //!                                                        |
 //!                                     SWITCH[s]: selector, phase, generation      <- the one store of a commit
 //!                                                        |
-//!                                                a or b -+--NETWORK--> { router, link, address }
+//!                                                a or b -+--NETWORK--> { router, link, addresses }
 //! ```
 //!
 //! Invariants:
@@ -28,20 +28,20 @@ pub mod words;
 
 pub use hold::{Held, Hold, Load, Record};
 pub use outcome::Outcome;
-pub use words::{Link, Network, Router, Run, Selection, SwitchWord, User, UserKey, UserWord};
+pub use words::{Access, Link, Network, Router, Run, Selection, SwitchWord, User, UserKey, UserWord};
 
 /// Slots of `SWITCH`; index 0 is the constant one.
 pub const SWITCHES: u32 = 4096;
 /// Slots of `NETWORK`; index 0 is no network. Twice the VIDs there are, so that a replaced network can wait for its grace
 /// period.
 pub const NETWORKS: u32 = 8192;
-/// Slots of `NETWORK_BY_VID`: one for each VID, 0 for frames without one.
-pub const VIDS: u32 = 4096;
+/// Slots of `NETWORK_BY_VID`: one for each VID of either kind of tag ([`words::vid_index`]), 0 for frames without one.
+pub const VIDS: u32 = 8192;
 /// Slots of `PORT` and `DEVICE`: the gateway's interfaces.
-pub const PORTS: u32 = 64;
+pub const PORTS: u32 = 16;
 
 /// Version of everything pinned maps hold. To be raised when a word, a key or a rule that reads them changes its meaning.
-pub const LAYOUT_VERSION: u32 = 2;
+pub const LAYOUT_VERSION: u32 = 3;
 
 /// What a daemon compares before it takes over pinned maps: the version, and below it a digest of what must not differ
 /// unnoticed: sizes, and the outcomes in their order.
@@ -93,13 +93,16 @@ pub mod maps {
     pub const USER_INDEX: &str = "USER_INDEX";
     /// `HashMap<u64, u32>`: whom a frame from the WAN is for, by destination MAC.
     pub const USER_BY_MAC: &str = "USER_BY_MAC";
-    /// `HashMap<u32, u32>`: whom an ARP request from the WAN is about, by IPv4 address (as in the frame).
+    /// `HashMap<u32, u32>`: whom an ARP request from the WAN is about, and who may send from it, by IPv4 address (as in
+    /// the frame).
     pub const USER_BY_IP: &str = "USER_BY_IP";
+    /// `HashMap<[u64; 2], u32>`: whom a neighbour solicitation from the WAN is about, by IPv6 address.
+    pub const USER_BY_IP6: &str = "USER_BY_IP6";
     /// `Array<u64>` of [`crate::SwitchWord`], mmapable.
     pub const SWITCH: &str = "SWITCH";
     /// `Array<Network>`, mmapable.
     pub const NETWORK: &str = "NETWORK";
-    /// `Array<u64>`, mmapable: VID -> index into `NETWORK`.
+    /// `Array<u64>`, mmapable: kind of tag and VID -> index into `NETWORK`.
     pub const NETWORK_BY_VID: &str = "NETWORK_BY_VID";
     /// `Array<u64>`, mmapable: the largest frame (without tags) a port takes.
     pub const PORT: &str = "PORT";

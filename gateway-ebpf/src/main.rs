@@ -24,13 +24,13 @@ use gateway_ebpf::{Outcome, outcome::Action};
 use programs::{access::from_user, maps::COUNTERS, wan::to_user};
 
 /// Frames from the users.
-#[xdp]
+#[xdp(frags)]
 pub fn access(ctx: XdpContext) -> u32 {
     verdict(from_user(&ctx))
 }
 
 /// Frames from the provider.
-#[xdp]
+#[xdp(frags)]
 pub fn wan(ctx: XdpContext) -> u32 {
     verdict(to_user(&ctx))
 }

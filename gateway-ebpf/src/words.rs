@@ -1,5 +1,7 @@
 //! The 64-bit words of the maps, and the rule that makes a network of them.
 
+use crate::frame::Ip6Words;
+
 /// Bit where the generation starts, in a user's word and in a switch's: the words agree if all above it is equal.
 const GENERATION_SHIFT: u32 = 44;
 /// Bit where the phase of a switch starts.
@@ -7,16 +9,22 @@ const PHASE_SHIFT: u32 = 1;
 /// Largest switch index that fits a user's word.
 const SWITCH_MASK: u64 = 0xfff;
 
-/// Key of `USER_INDEX`: who sent a frame.
+/// Key of `USER_INDEX`: who sent a frame. A user is known by its MAC on an access interface, by the interface alone,
+/// or by a tag on it (with or without MAC).
 #[repr(C)]
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct UserKey {
-    /// Source MAC ([`crate::frame::mac_word`]).
+    /// Source MAC ([`crate::frame::mac_word`]), or [`UserKey::ANY_MAC`].
     pub mac: u64,
     /// Access interface it came in on.
     pub ifindex: u32,
-    /// The access side's own tag; 0 while the access side is untagged.
+    /// VID of the access side's own tag; 0: none.
     pub tag: u32,
+}
+
+impl UserKey {
+    /// Whatever the source MAC is; no frame has it.
+    pub const ANY_MAC: u64 = 1 << 48;
 }
 
 /// Value of `USER`. Zero: no user.
@@ -25,9 +33,13 @@ pub struct UserKey {
 pub struct User {
     /// [`UserWord`].
     pub word: u64,
-    /// The user's MAC (lower 48 bits) and the port it is behind. Compared with the frame after the look-up: the kernel
-    /// reuses elements of hash maps at once, so an index may be another user's.
+    /// The user's MAC (lower 48 bits; 0: not known by one) and the port it is behind. Compared with the frame after the
+    /// look-up: the kernel reuses elements of hash maps at once, so an index may be another user's.
     pub identity: u64,
+    /// [`Access`].
+    pub access: u64,
+    /// Keeps an element within one cache line.
+    pub spare: u64,
 }
 
 impl User {
@@ -46,6 +58,36 @@ impl User {
     #[inline(always)]
     pub const fn port_of(identity: u64) -> u32 {
         (identity >> 48) as u32
+    }
+}
+
+/// How a user comes in: interface index (bits 0..32), VID of the access side's tag (32..44; 0: none), source addresses are
+/// guarded (63).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Access(pub u64);
+
+impl Access {
+    /// Through interface `ifindex`, tagged with `tag` unless that is 0.
+    pub const fn new(ifindex: u32, tag: u16, guard: bool) -> Self {
+        Self(ifindex as u64 | (tag as u64 & 0xfff) << 32 | (guard as u64) << 63)
+    }
+
+    /// The interface.
+    #[inline(always)]
+    pub const fn ifindex(self) -> u32 {
+        self.0 as u32
+    }
+
+    /// VID of the access side's tag; 0: none.
+    #[inline(always)]
+    pub const fn tag(self) -> u16 {
+        (self.0 >> 32) as u16 & 0xfff
+    }
+
+    /// Whether the user may send from its own addresses only.
+    #[inline(always)]
+    pub const fn guard(self) -> bool {
+        self.0 >> 63 == 1
     }
 }
 
@@ -189,8 +231,14 @@ pub struct Network {
     pub router: u64,
     /// [`Link`].
     pub link: u64,
-    /// The router's address r ([`crate::frame::ip_word`]).
+    /// The router's address r ([`crate::frame::ip_word`]); 0: none.
     pub address: u64,
+    /// Interface its frames come in on.
+    pub ifindex: u64,
+    /// The router's IPv6 address ([`crate::frame::ip6_words`]); zero: none.
+    pub address6: Ip6Words,
+    /// Keeps an element on one cache line.
+    pub spare: [u64; 2],
 }
 
 /// The router's MAC in a network.
@@ -213,7 +261,8 @@ impl Router {
     }
 }
 
-/// How to reach a network: VID (bits 0..16; 0: untagged), port (16..32), in use (63).
+/// How to reach a network: VID (bits 0..12; 0: untagged), PCP (12..15), PCP is set (15), port (16..32), the tag is a service
+/// tag (32), in use (63).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Link(pub u64);
 
@@ -223,7 +272,19 @@ impl Link {
 
     /// Behind `port`, tagged with `vid` unless that is 0.
     pub const fn new(vid: u16, port: u16) -> Self {
-        Self(vid as u64 | (port as u64) << 16 | 1 << 63)
+        Self(vid as u64 & 0xfff | (port as u64) << 16 | 1 << 63)
+    }
+
+    /// Its tag is an 802.1ad service tag.
+    #[must_use]
+    pub const fn service(self) -> Self {
+        Self(self.0 | 1 << 32)
+    }
+
+    /// Its frames are sent with this PCP.
+    #[must_use]
+    pub const fn with_pcp(self, pcp: u8) -> Self {
+        Self(self.0 | 1 << 15 | (pcp as u64 & 7) << 12)
     }
 
     /// Whether there is a network.
@@ -235,7 +296,24 @@ impl Link {
     /// Its VID; 0: untagged.
     #[inline(always)]
     pub const fn vid(self) -> u16 {
-        self.0 as u16
+        self.0 as u16 & 0xfff
+    }
+
+    /// Whether its tag is an 802.1ad service tag.
+    #[inline(always)]
+    pub const fn is_service(self) -> bool {
+        self.0 >> 32 & 1 == 1
+    }
+
+    /// The TCI of a frame that had `tci` (0: none): PCP and DEI are kept, unless the network sets the PCP.
+    #[inline(always)]
+    pub const fn tci(self, tci: u16) -> u16 {
+        let kept = if self.0 as u16 & 0x8000 == 0 {
+            tci & 0xf000
+        } else {
+            tci & 0x1000 | (self.0 as u16 & 0x7000) << 1
+        };
+        kept | self.vid()
     }
 
     /// Its port.
@@ -243,6 +321,12 @@ impl Link {
     pub const fn port(self) -> u32 {
         (self.0 >> 16) as u16 as u32
     }
+}
+
+/// Index into `NETWORK_BY_VID`.
+#[inline(always)]
+pub const fn vid_index(service: bool, vid: u16) -> u32 {
+    (service as u32) << 12 | vid as u32
 }
 
 /// Value of `RUN`: one CPU's run epoch, alone on its cache line. Odd while a program run that met a user in a switch is
@@ -270,8 +354,8 @@ mod pod {
     unsafe impl aya::Pod for Run {}
 
     const _: () = assert!(size_of::<UserKey>() == 16);
-    const _: () = assert!(size_of::<User>() == 16);
-    const _: () = assert!(size_of::<Network>() == 24);
+    const _: () = assert!(size_of::<User>() == 32);
+    const _: () = assert!(size_of::<Network>() == 64);
     const _: () = assert!(size_of::<Run>() == 64);
 }
 
@@ -337,6 +421,17 @@ mod tests {
         let link = Link::new(4094, 63);
         assert_eq!((link.vid(), link.port(), link.in_use()), (4094, 63, true));
         assert!(Link::new(0, 0).in_use() && !Link::NONE.in_use());
+        assert!(link.service().is_service() && !link.is_service());
+        for tci in 0..=u16::MAX {
+            assert_eq!(link.tci(tci), tci & 0xf000 | 4094, "kept");
+            assert_eq!(link.service().with_pcp(5).tci(tci), tci & 0x1000 | 5 << 13 | 4094, "set");
+        }
+        let link = link.with_pcp(7).service();
+        assert_eq!((link.vid(), link.port(), link.in_use()), (4094, 63, true));
+        let access = Access::new(u32::MAX, 0xfff, false);
+        assert_eq!((access.ifindex(), access.tag(), access.guard()), (u32::MAX, 0xfff, false));
+        let access = Access::new(1, 0, true);
+        assert_eq!((access.ifindex(), access.tag(), access.guard()), (1, 0, true));
         assert_eq!(Router::at(0xffff_ffff_ffff).mac(), Some(0xffff_ffff_ffff));
         assert_eq!(Router::UNKNOWN.mac(), None);
         let identity = User::identity(0x0102_0304_0506, 9);

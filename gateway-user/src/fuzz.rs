@@ -7,19 +7,24 @@
 //! interfaces.
 //!
 //! What a test run cannot reach: frames shorter than an Ethernet header (the kernel refuses them), a driver without headroom,
-//! a port without an interface, multi-buffer frames.
+//! a port without an interface.
 
-use std::sync::{Arc, atomic::Ordering};
+use std::{
+    collections::HashSet,
+    net::{Ipv4Addr, Ipv6Addr},
+    sync::{Arc, atomic::Ordering},
+};
 
 use aya::programs::{TestRun as _, TestRunOptions};
 use gateway_ebpf::{Load, Outcome, UserWord, hold::HoldWord, outcome::Action, words::Selector};
 use handover_api::v1;
 
 use crate::{
-    desired::Desired,
+    desired::{ACCESS_PORT, Desired, PORT_STEP, WAN_PORT, Wiring},
     hold::Bounds,
     mac::Mac,
-    oracle::{Hold, Network, Octets, Place, Prediction, User, World},
+    neighbour,
+    oracle::{Hold, Ip6, Network, Octets, Place, Prediction, User, World},
     plane::{Options, Plane, PlaneError, Side},
     table::{StageAnswer, SwitchAnswer, SwitchStep, Table, Write},
 };
@@ -28,19 +33,37 @@ use crate::{
 pub const USERS_MAX: u32 = 8;
 /// The loopback interface, on which test runs seem to arrive.
 const LOOPBACK: u32 = 1;
-/// The longest frame a test run takes in one buffer (4096 less head- and tailroom), with room for a tag.
-const LONGEST: usize = 3400;
+/// The longest frame that is generated; a test run gives the first 3,500 octets or so in one buffer, the rest in others.
+const LONGEST: usize = 9_100;
 /// The shortest frame a test run takes.
 const SHORTEST: usize = 14;
 
 const VIRTUAL: Octets = [0x02, 0x48, 0x4f, 0, 0, 1];
 const ROUTERS: [Octets; 3] = [[2, 0, 0, 0, 0x0a, 1], [2, 0, 0, 0, 0x0a, 2], [2, 0, 0, 0, 0x0a, 3]];
-const VIDS: [Option<u16>; 6] = [Some(1), Some(2), None, Some(4094), Some(77), Some(256)];
+/// VIDs, and whether in a service tag.
+const TAGS: [(Option<u16>, bool); 8] = [
+    (Some(1), false),
+    (Some(2), false),
+    (None, false),
+    (Some(1), true),
+    (Some(4094), false),
+    (Some(77), true),
+    (Some(77), false),
+    (Some(4094), true),
+];
+/// Tags of the access side.
+const ACCESS_TAGS: [u16; 3] = [7, 77, 4094];
 const R: [[u8; 4]; 2] = [[10, 1, 0, 1], [10, 9, 0, 1]];
+const R6: [Ip6; 2] = [
+    [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    [0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+];
 const V: [u8; 4] = [203, 0, 113, 10];
 const DOT1Q: u16 = 0x8100;
 const DOT1AD: u16 = 0x88a8;
 const ARP: u16 = 0x0806;
+const IPV4: u16 = 0x0800;
+const IPV6: u16 = 0x86dd;
 
 /// Bounds on what is held.
 const HELD: Bounds = Bounds { memory: 1 << 20, per_user: 1 << 18 };
@@ -109,19 +132,31 @@ impl Draw for Given<'_> {
 /// Draws a world.
 pub fn world(draw: &mut impl Draw) -> World {
     let count = 1 + draw.below(4) as usize;
-    let first = draw.below(VIDS.len() as u32) as usize;
+    let first = draw.below(TAGS.len() as u32) as usize;
     let networks: Vec<_> = (0..count)
-        .map(|i| Network {
-            vid: VIDS[(first + i) % VIDS.len()],
-            router: (!draw.once_in(5)).then(|| draw.one(&ROUTERS)),
-            address: if draw.once_in(6) { R[1] } else { R[0] },
+        .map(|i| {
+            let (vid, service) = TAGS[(first + i) % TAGS.len()];
+            let address = (!draw.once_in(8)).then(|| if draw.once_in(6) { R[1] } else { R[0] });
+            let address6 = draw.once_in(2).then(|| if draw.once_in(6) { R6[1] } else { R6[0] });
+            Network {
+                vid,
+                service,
+                pcp: vid.and_then(|_| draw.once_in(4).then(|| draw.below(8) as u8)),
+                elsewhere: draw.once_in(8),
+                router: (!draw.once_in(5)).then(|| draw.one(&ROUTERS)),
+                address: address.or(if address6.is_none() { Some(R[0]) } else { None }),
+                address6,
+            }
         })
         .collect();
+    let mut whole = HashSet::new();
     let users = (0..draw.below(USERS_MAX + 1) as u8)
         .map(|n| {
             let on = draw.below(count as u32) as usize;
             let to = draw.below(count as u32) as usize;
-            let two = on != to && networks[on].address == networks[to].address;
+            let same_router = networks[on].address == networks[to].address
+                && networks[on].address6 == networks[to].address6;
+            let two = on != to && same_router;
             let place = match draw.below(8) {
                 2 | 3 if two => Place::Staged(on, to),
                 4 | 5 if two => Place::Switched(on, to),
@@ -133,6 +168,17 @@ pub fn world(draw: &mut impl Draw) -> World {
             if draw.once_in(3) {
                 addresses.push([10, 9, 0, 100 + n]);
             }
+            let mut addresses6 = Vec::new();
+            if draw.once_in(3) {
+                addresses6.push([0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, n]);
+                if draw.once_in(3) {
+                    addresses.clear();
+                }
+            }
+            let elsewhere = draw.once_in(10);
+            let tag = draw.once_in(4).then(|| draw.one(&ACCESS_TAGS));
+            let anonymous = draw.once_in(4) && whole.insert((elsewhere, tag));
+            let mac = (!anonymous).then_some([2, 0, 0, 0, 1, n]);
             let in_switch = matches!(place, Place::Staged(..) | Place::Switched(..));
             let hold = match draw.below(8) {
                 _ if !in_switch => Hold::No,
@@ -143,10 +189,10 @@ pub fn world(draw: &mut impl Draw) -> World {
                 7 => Hold::Expired,
                 _ => Hold::No,
             };
-            User { mac: [2, 0, 0, 0, 1, n], addresses, place, hold }
+            User { mac, tag, elsewhere, guard: draw.once_in(6), addresses, addresses6, place, hold }
         })
         .collect();
-    let largest = [1514, 1514, 60, 114, 1518, 3000];
+    let largest = [1514, 1514, 60, 114, 1518, 3000, 9014];
     World {
         virtual_mac: VIRTUAL,
         networks,
@@ -160,7 +206,10 @@ pub fn world(draw: &mut impl Draw) -> World {
 
 fn mac(draw: &mut impl Draw, world: &World) -> Octets {
     match draw.below(16) {
-        0..=4 if !world.users.is_empty() => world.users[draw.below(world.users.len() as u32) as usize].mac,
+        0..=4 if !world.users.is_empty() => {
+            let user = &world.users[draw.below(world.users.len() as u32) as usize];
+            user.mac.unwrap_or([2, 0, 0, 0, 3, 1])
+        }
         5..=7 => VIRTUAL,
         8..=10 => draw.one(&ROUTERS),
         11 => [0xff; 6],
@@ -178,14 +227,89 @@ fn mac(draw: &mut impl Draw, world: &World) -> Octets {
 
 fn address(draw: &mut impl Draw, world: &World) -> [u8; 4] {
     match draw.below(8) {
-        0..=2 => world.networks[draw.below(world.networks.len() as u32) as usize].address,
+        0..=2 => world.networks[draw.below(world.networks.len() as u32) as usize].address.unwrap_or([0; 4]),
         3..=5 if !world.users.is_empty() => {
             let user = &world.users[draw.below(world.users.len() as u32) as usize];
-            user.addresses[draw.below(user.addresses.len() as u32) as usize]
+            if user.addresses.is_empty() { [0; 4] } else { draw.one(&user.addresses) }
         }
         6 => draw.one(&R),
         _ => [10, draw.below(10) as u8, 0, draw.below(256) as u8],
     }
+}
+
+fn address6(draw: &mut impl Draw, world: &World) -> Ip6 {
+    match draw.below(8) {
+        0..=2 => world.networks[draw.below(world.networks.len() as u32) as usize].address6.unwrap_or([0; 16]),
+        3..=5 if !world.users.is_empty() => {
+            let user = &world.users[draw.below(world.users.len() as u32) as usize];
+            let made = user.mac.map_or([0; 16], |mac| Mac(mac).link_local().octets());
+            if user.addresses6.is_empty() || draw.once_in(2) { made } else { draw.one(&user.addresses6) }
+        }
+        6 => draw.one(&R6),
+        _ => {
+            // one bit away from somebody
+            let mut address = draw.one(&R6);
+            address[draw.below(16) as usize] ^= 1 << draw.below(8);
+            address
+        }
+    }
+}
+
+/// An IPv4 packet: of a user what the guard looks at, and to the service, mostly.
+fn ipv4(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
+    let mut packet = vec![draw.one(&[0x45, 0x45, 0x45, 0x46]), 0, 0, 28, 0, 0, 0, 0, 64];
+    packet.push(draw.one(&[17, 17, 6, 1]));
+    packet.extend([0, 0]);
+    packet.extend(if draw.once_in(8) { [0; 4] } else { address(draw, world) });
+    if side == Side::Access && !draw.once_in(4) {
+        let mut to = world.service;
+        if draw.once_in(8) {
+            to[draw.below(4) as usize] ^= 1 << draw.below(8);
+        }
+        packet.extend(to);
+    } else {
+        packet.extend(address(draw, world));
+    }
+    let ports: [u16; 2] = [draw.one(&[68, 68, 67]), draw.one(&[67, 67, 68])];
+    packet.extend(ports.map(u16::to_be_bytes).concat());
+    packet
+}
+
+/// An IPv6 packet: neighbour discovery, mostly.
+fn ipv6(draw: &mut impl Draw, world: &World) -> Vec<u8> {
+    let kind = if draw.once_in(8) { draw.one(&[128, 132, 138, 143]) } else { 133 + draw.below(5) as u8 };
+    let code = u8::from(draw.once_in(16));
+    let mut message = vec![kind, code, draw.below(256) as u8, draw.below(256) as u8, 0, 0, 0, 0];
+    match kind {
+        134 => message.extend([0; 8]),
+        135 | 136 => message.extend(address6(draw, world)),
+        137 => message.extend([address6(draw, world), address6(draw, world)].concat()),
+        _ => {}
+    }
+    for _ in 0..draw.one(&[1, 1, 0, 2, 3, 17]) {
+        let (option, units) = (draw.one(&[1, 1, 2, 2, 3, 14]), draw.one(&[1, 1, 1, 1, 1, 2, 4, 0, 31]));
+        message.extend([option, units]);
+        message.extend(mac(draw, world));
+        message.extend(vec![1; (usize::from(units) * 8).saturating_sub(8)]);
+    }
+    let len = match draw.below(8) {
+        0..=5 => message.len(),
+        6 => (message.len() + draw.below(24) as usize).saturating_sub(12),
+        _ if draw.once_in(4) => draw.below(1 << 16) as usize,
+        _ => draw.below(1500) as usize,
+    };
+    let next = if draw.once_in(8) { draw.one(&[17, 0, 44]) } else { 58 };
+    let hops = if draw.once_in(16) { draw.below(256) as u8 } else { 255 };
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend((len as u16).to_be_bytes());
+    packet.extend([next, hops]);
+    packet.extend(if draw.once_in(8) { [0; 16] } else { address6(draw, world) });
+    packet.extend(address6(draw, world));
+    packet.extend(message);
+    if draw.once_in(2) && len == packet.len() - 40 {
+        neighbour::set_checksum(&mut packet);
+    }
+    packet
 }
 
 /// Draws a frame for `side` of `world`.
@@ -199,24 +323,32 @@ pub fn frame(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
         6 => 2,
         _ => draw.below(5) as usize,
     };
-    for _ in 0..tags {
-        let tpid = if draw.once_in(8) { draw.one(&[DOT1AD, 0x9100, 0x8101]) } else { DOT1Q };
-        let vid = match draw.below(8) {
-            0..=4 => world.networks[draw.below(world.networks.len() as u32) as usize].vid.unwrap_or(0),
-            5 => draw.one(&[0, 4095, 4094]),
+    for place in 0..tags {
+        let network = &world.networks[draw.below(world.networks.len() as u32) as usize];
+        let good = if network.service && place == 0 && side == Side::Wan { DOT1AD } else { DOT1Q };
+        let tpid = if draw.once_in(8) { draw.one(&[DOT1AD, DOT1Q, 0x9100, 0x8101]) } else { good };
+        let vid = match (side, draw.below(8)) {
+            (Side::Access, 0..=2) => draw.one(&ACCESS_TAGS),
+            (_, 0..=4) => network.vid.unwrap_or(0),
+            (_, 5) => draw.one(&[0, 4095, 4094]),
             _ => draw.below(4096) as u16,
         };
         let tci = (draw.below(16) as u16) << 12 | vid;
         frame.extend([tpid.to_be_bytes(), tci.to_be_bytes()].concat());
     }
     let ethertype = match draw.below(8) {
-        0..=3 => ARP,
-        4 => 0x0800,
-        5 => 0x86dd,
+        0..=1 => ARP,
+        2 | 3 => IPV4,
+        4..=5 => IPV6,
         6 => draw.one(&[DOT1Q, DOT1AD, 0x88cc, 38, 0x9000]),
         _ => draw.below(1 << 16) as u16,
     };
     frame.extend(ethertype.to_be_bytes());
+    match ethertype {
+        IPV4 => frame.extend(ipv4(draw, world, side)),
+        IPV6 => frame.extend(ipv6(draw, world)),
+        _ => {}
+    }
     if ethertype == ARP {
         let mut arp = vec![0, 1, 8, 0, 6, 4];
         if draw.once_in(16) {
@@ -230,23 +362,17 @@ pub fn frame(draw: &mut impl Draw, world: &World, side: Side) -> Vec<u8> {
         arp.extend(address(draw, world));
         frame.extend(arp);
     }
-    if ethertype == 0x0800 && !draw.once_in(4) {
-        let mut to = world.service;
-        if draw.once_in(8) {
-            to[draw.below(4) as usize] ^= 1 << draw.below(8);
-        }
-        frame.extend([&[0x45; 16][..], &to].concat());
-    }
     let headers = frame.len();
     let limit = if side == Side::Access { world.wan_largest } else { world.access_largest };
     let len = match draw.below(16) {
         0..=5 => headers.max(60),
         6 => headers,
         // about the ends of headers
-        7 | 8 => SHORTEST + draw.below(40) as usize,
+        7 | 8 => SHORTEST + draw.below(100) as usize,
         // about the limit, with and without tags
         9..=11 => (limit + draw.below(12) as usize).saturating_sub(3),
-        12 => draw.one(&[64, 1514, 1518, 1522, 9018, 2048]),
+        12 => draw.one(&[64, 1514, 1518, 1522, 9018, 2048, 3504]),
+        13 | 14 => headers + draw.below(200) as usize,
         _ => draw.below(LONGEST as u32) as usize,
     };
     let len = len.clamp(SHORTEST, LONGEST);
@@ -282,6 +408,10 @@ pub enum Failure {
     Kept { frame: Vec<u8>, kept: Vec<u8> },
     #[error("world {world:?} cannot be made: {why}")]
     World { world: Box<World>, why: String },
+    #[error(
+        "a second interface beside lo is needed, for users and networks that are behind another: `ip link add type veth`"
+    )]
+    Interface,
     #[error(transparent)]
     Plane(#[from] PlaneError),
     #[error("running the program")]
@@ -307,17 +437,22 @@ pub struct Harness {
     plane: Plane,
     counted: Tally,
     out: Vec<u8>,
+    /// An interface other than the one test runs arrive on.
+    elsewhere: u32,
 }
 
 impl Harness {
     /// Loads the programs.
     ///
     /// # Errors
-    /// [`Failure::Plane`]; needs root.
+    /// [`Failure::Plane`]; needs root. [`Failure::Interface`] where there is none but the loopback interface.
     pub fn new() -> Result<Self, Failure> {
+        let interfaces = nix::net::if_::if_nameindex().map_err(|_| Failure::Interface)?;
+        let elsewhere = interfaces.iter().map(|i| i.index()).find(|index| *index != LOOPBACK);
+        let elsewhere = elsewhere.ok_or(Failure::Interface)?;
         let plane =
             Plane::load(&Options { max_users: USERS_MAX, virtual_router_mac: Mac(VIRTUAL), hold: HELD })?;
-        let mut harness = Self { plane, counted: [0; _], out: vec![0; LONGEST + 64] };
+        let mut harness = Self { plane, counted: [0; _], out: vec![0; LONGEST + 64], elsewhere };
         harness.counted = harness.counters()?;
         Ok(harness)
     }
@@ -336,10 +471,16 @@ impl Harness {
     /// [`Failure`].
     pub fn enter(&mut self, world: &World) -> Result<(), Failure> {
         let cannot = |why: String| Failure::World { world: Box::new(world.clone()), why };
-        self.plane.set_port(Side::Access, LOOPBACK, world.access_largest as u64)?;
-        self.plane.set_port(Side::Wan, LOOPBACK, world.wan_largest as u64)?;
+        for (first, largest) in [(ACCESS_PORT, world.access_largest), (WAN_PORT, world.wan_largest)] {
+            self.plane.set_port(first, LOOPBACK, largest as u64)?;
+            self.plane.set_port(first + PORT_STEP, self.elsewhere, largest as u64)?;
+        }
+        let wiring = Wiring {
+            virtual_router_mac: Mac(VIRTUAL),
+            access: vec!["a0".into(), "a1".into()],
+            wan: vec!["w0".into(), "w1".into()],
+        };
         let name = |network: usize| format!("net{network}");
-        let text = |[a, b, c, d]: [u8; 4]| format!("{a}.{b}.{c}.{d}");
         let home = |place| match place {
             Place::On(network) | Place::Staged(network, _) | Place::Switched(network, _) => network,
             Place::Nowhere | Place::Torn => 0,
@@ -351,7 +492,11 @@ impl Harness {
                 .map(|(i, n)| v1::Network {
                     name: name(i),
                     vid: n.vid.map(Into::into),
-                    router_address: text(n.address),
+                    tpid: n.vid.map(|_| if n.service { DOT1AD } else { DOT1Q }.into()),
+                    pcp: n.pcp.map(Into::into),
+                    wan: if n.elsewhere { "w1" } else { "w0" }.into(),
+                    router_address: n.address.map(|a| Ipv4Addr::from(a).to_string()).unwrap_or_default(),
+                    router_address6: n.address6.map(|a| Ipv6Addr::from(a).to_string()).unwrap_or_default(),
                     router_mac: n.router.map(|mac| Mac(mac).to_string()),
                 })
                 .collect(),
@@ -359,13 +504,21 @@ impl Harness {
                 .zip(&world.users)
                 .map(|(i, u): (usize, _)| v1::User {
                     name: format!("user{i}"),
-                    mac: Mac(u.mac).to_string(),
-                    addresses: u.addresses.iter().map(|a| text(*a)).collect(),
+                    mac: u.mac.map(|mac| Mac(mac).to_string()).unwrap_or_default(),
+                    interface: if u.elsewhere { "a1" } else { "a0" }.into(),
+                    tag: u.tag.map(Into::into),
+                    guard: u.guard,
+                    addresses: u
+                        .addresses
+                        .iter()
+                        .map(|a| Ipv4Addr::from(*a).to_string())
+                        .chain(u.addresses6.iter().map(|a| Ipv6Addr::from(*a).to_string()))
+                        .collect(),
                     network: name(home(u.place)),
                 })
                 .collect(),
         };
-        let desired = Desired::new(&request, Mac(VIRTUAL)).map_err(|e| cannot(e.to_string()))?;
+        let desired = Desired::new(&request, &wiring).map_err(|e| cannot(e.to_string()))?;
         let (mut table, ..) =
             Table::new(USERS_MAX).configured(&desired).map_err(|e| cannot(e.to_string()))?;
         let holds = Arc::clone(self.plane.holds());
@@ -405,14 +558,18 @@ impl Harness {
         let contents = table.contents();
         self.plane.reconcile(&contents)?;
         // what the table never writes, but a program can come upon between two writes
-        let slot_of = |mac: Octets| {
+        let slot_of = |user: &User| {
             contents.iter().find_map(|write| match *write {
-                Write::AddMac { mac: m, slot, .. } if m == Mac(mac) => Some(slot),
+                Write::AddUser { known_by, slot } => {
+                    let port = ACCESS_PORT + if user.elsewhere { PORT_STEP } else { 0 };
+                    let wanted = (user.mac.map(Mac), port, user.tag.unwrap_or(0));
+                    ((known_by.mac, known_by.port, known_by.tag) == wanted).then_some(slot)
+                }
                 _ => None,
             })
         };
         for user in &world.users {
-            if let Some(slot) = slot_of(user.mac) {
+            if let Some(slot) = slot_of(user) {
                 let (held, _) = holds.counts(slot);
                 let kept = if user.hold == Hold::Draining { Load::frame(60).0 } else { 0 };
                 holds.held.word(slot as usize, 1).store(held.wrapping_sub(kept), Ordering::Release);
@@ -423,7 +580,7 @@ impl Harness {
                 Place::Torn => UserWord::staged(1, 1, 1, 0xfffff),
                 _ => continue,
             };
-            let slot = slot_of(user.mac).ok_or_else(|| cannot("a user has no slot".into()))?;
+            let slot = slot_of(user).ok_or_else(|| cannot("a user has no slot".into()))?;
             self.plane.apply(&[Write::UserWord { slot, word }])?;
         }
         Ok(())

@@ -18,7 +18,7 @@ use std::{
 };
 
 use gateway_ebpf::{
-    Load, Network, Record, SwitchWord, UserWord,
+    Access, Load, Network, Record, SwitchWord, UserWord,
     frame::{ip_octets, ip_word},
     hold::{HoldWord, RECORD_LEN},
 };
@@ -179,7 +179,19 @@ impl Holds {
         let word = UserWord(self.user.word(slot as usize, 0).load(Ordering::Acquire));
         let index = word.select(self.switch_word(word.switch() as u16))?.network;
         let of = |word| self.network.word(index.into(), word).load(Ordering::Acquire);
-        Some(Network { router: of(0), link: of(1), address: of(2) })
+        Some(Network {
+            router: of(0),
+            link: of(1),
+            address: of(2),
+            ifindex: of(3),
+            address6: [of(4), of(5)],
+            spare: [of(6), of(7)],
+        })
+    }
+
+    /// How a user comes in.
+    pub(crate) fn access_of(&self, slot: u32) -> Access {
+        Access(self.user.word(slot as usize, 2).load(Ordering::Acquire))
     }
 
     /// Returns when every program run that was under way has ended.

@@ -5,7 +5,7 @@
 //!                               |           | Write ...
 //!                               |           v
 //!                               |        plane (XDP programs, maps, the one store) ---- access / wan interfaces
-//!                               +------> introduce (ARP as the users, learns the routers' MACs) --- wan
+//!                               +------> introduce (ARP, ND as the users, learns the routers' MACs) --- wan
 //! ```
 //!
 //! - [`config`]: the configuration file. [`desired`]: what the controller pushes, validated.
@@ -14,7 +14,7 @@
 //!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
 //! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
 //!   takes it over.
-//! - [`introduce`]: asks "who has r" as users, and hears the routers.
+//! - [`introduce`]: asks "who has r" as users, in ARP and IPv6, and hears the routers. [`neighbour`]: IPv6 neighbour discovery.
 //! - [`groups`]: broadcast and multicast, a copy to each user of the network.
 //! - [`hold`], [`ring`], [`release`]: frames kept for the service while it moves, and sent on in their order; [`onward`]: what
 //!   such a frame looks like then, and the marker.
@@ -30,6 +30,7 @@ pub mod introduce;
 pub mod link;
 pub mod mac;
 pub mod mapping;
+pub mod neighbour;
 pub mod onward;
 pub mod oracle;
 pub mod pins;

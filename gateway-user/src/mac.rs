@@ -1,6 +1,6 @@
 //! MAC addresses as people and the wire write them.
 
-use std::{fmt, str::FromStr};
+use std::{fmt, net::Ipv6Addr, str::FromStr};
 
 use gateway_ebpf::frame;
 
@@ -43,6 +43,14 @@ impl Mac {
             return Err(MacError::NotUnicast(self, "zero"));
         }
         Ok(self)
+    }
+}
+
+impl Mac {
+    /// The IPv6 link-local address that a host makes of it (RFC 4291, appendix A).
+    pub const fn link_local(self) -> Ipv6Addr {
+        let [a, b, c, d, e, f] = self.0;
+        Ipv6Addr::from_octets([0xfe, 0x80, 0, 0, 0, 0, 0, 0, a ^ 2, b, c, 0xff, 0xfe, d, e, f])
     }
 }
 
@@ -104,6 +112,7 @@ mod tests {
         assert_eq!(mac.to_string(), "02:00:00:00:ab:01");
         assert_eq!("02-00-00-00-ab-01".parse(), Ok(mac));
         assert_eq!(Mac::from_word(mac.word()), mac);
+        assert_eq!(mac.link_local().to_string(), "fe80::ff:fe00:ab01");
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::net::Ipv4Addr;
 
 use gateway_ebpf::{
     Network,
-    frame::{ETH_LEN, ETHERTYPE_IPV4, TAG_LEN, TPID_8021Q, with_vid},
+    frame::{ETH_LEN, ETHERTYPE_IPV4, TAG_LEN, TPID_8021AD, TPID_8021Q, vid},
     words::{Link, Router},
 };
 
@@ -17,19 +17,27 @@ use crate::mac::Mac;
 const SHORTEST: usize = 60;
 const UDP: u8 = 17;
 
-/// `frame`, as a user sent it, on its way into `network`. `None` if there is no such network, or its router is not known
-/// and the frame is for it.
-pub fn onward(frame: &[u8], virtual_mac: Mac, network: Network) -> Option<Vec<u8>> {
+/// `frame`, as a user sent it (under the access side's tag `access_tag`, unless that is 0), on its way into `network`. `None`
+/// if there is no such network, or it takes no frame with so many tags, or its router is not known and the frame is for it.
+pub fn onward(frame: &[u8], virtual_mac: Mac, network: Network, access_tag: u16) -> Option<Vec<u8>> {
     let link = Link(network.link);
     if !link.in_use() || frame.len() < ETH_LEN {
         return None;
     }
-    let tagged = frame[12..14] == TPID_8021Q.to_be_bytes();
-    let (tci, rest) = if tagged {
+    let tagged = |at: usize| frame.get(at..at + 2) == Some(&TPID_8021Q.to_be_bytes());
+    let (tci, mut rest) = if tagged(12) {
         (u16::from_be_bytes(frame.get(14..16)?.try_into().ok()?), frame.get(16..)?)
     } else {
         (0, &frame[12..])
     };
+    let own = tagged(12) && vid(tci) != 0 && vid(tci) != access_tag && link.is_service();
+    if own {
+        // behind the service tag
+        rest = &frame[12..];
+    }
+    if tagged(12) && tagged(16) && (own || !link.is_service()) {
+        return None;
+    }
     let mut out = Vec::with_capacity(frame.len() + TAG_LEN);
     if frame[..6] == virtual_mac.0 {
         out.extend(Mac::from_word(Router(network.router).mac()?).0);
@@ -37,16 +45,17 @@ pub fn onward(frame: &[u8], virtual_mac: Mac, network: Network) -> Option<Vec<u8
         out.extend(&frame[..6]);
     }
     out.extend(&frame[6..12]);
-    push_tag(&mut out, tci, link.vid());
+    push_tag(&mut out, tci, link);
     out.extend(rest);
     Some(out)
 }
 
-/// After the addresses: the tag of `vid`, if that is not 0.
-fn push_tag(frame: &mut Vec<u8>, tci: u16, vid: u16) {
-    if vid != 0 {
-        frame.extend(TPID_8021Q.to_be_bytes());
-        frame.extend(with_vid(tci, vid).to_be_bytes());
+/// After the addresses: the tag of a network, of a frame that had `tci` (0: none).
+fn push_tag(frame: &mut Vec<u8>, tci: u16, link: Link) {
+    if link.vid() != 0 {
+        let tpid = if link.is_service() { TPID_8021AD } else { TPID_8021Q };
+        frame.extend(tpid.to_be_bytes());
+        frame.extend(link.tci(tci).to_be_bytes());
     }
 }
 
@@ -57,8 +66,8 @@ pub struct Marker {
     pub from: (Mac, Ipv4Addr),
     /// The router's MAC in the user's network.
     pub router: Mac,
-    /// That network's VID; 0: untagged.
-    pub vid: u16,
+    /// How that network is reached.
+    pub link: Link,
     /// The service's address and the port there, which is the source port as well.
     pub to: (Ipv4Addr, u16),
     /// Its payload.
@@ -93,11 +102,11 @@ impl Marker {
         ip[10..12].copy_from_slice(&sum.to_be_bytes());
 
         let mut frame = [self.router.0, mac.0].concat();
-        push_tag(&mut frame, 0, self.vid);
+        push_tag(&mut frame, 0, self.link);
         frame.extend(ETHERTYPE_IPV4.to_be_bytes());
         frame.extend(ip);
         frame.extend(udp);
-        let shortest = if self.vid == 0 { SHORTEST } else { SHORTEST + TAG_LEN };
+        let shortest = if self.link.vid() == 0 { SHORTEST } else { SHORTEST + TAG_LEN };
         frame.resize(frame.len().max(shortest), 0);
         frame
     }
@@ -123,8 +132,13 @@ mod tests {
     const TARO: Mac = Mac([2, 0, 0, 0, 1, 1]);
     const ROUTER: Mac = Mac([2, 0, 0, 0, 0x0a, 1]);
 
+    fn behind(router: Router, link: Link) -> Network {
+        let (address6, spare) = ([0; 2], [0; 2]);
+        Network { router: router.0, link: link.0, address: 0, ifindex: 0, address6, spare }
+    }
+
     fn network(vid: u16, router: Router) -> Network {
-        Network { router: router.0, link: Link::new(vid, 0).0, address: 0 }
+        behind(router, Link::new(vid, 0))
     }
 
     fn frame(dst: Mac, tci: Option<u16>) -> Vec<u8> {
@@ -147,18 +161,35 @@ mod tests {
             (Some(0xb001), 0, None),
             (None, 0, None),
         ] {
-            let out = onward(&frame(VIRTUAL, tci), VIRTUAL, network(vid, known)).unwrap();
+            let out = onward(&frame(VIRTUAL, tci), VIRTUAL, network(vid, known), 0).unwrap();
             assert_eq!(out, frame(ROUTER, expected), "{tci:?} {vid}");
         }
         let elsewhere = Mac([2, 9, 9, 9, 9, 9]);
-        let out = onward(&frame(elsewhere, None), VIRTUAL, network(2, Router::UNKNOWN)).unwrap();
+        let out = onward(&frame(elsewhere, None), VIRTUAL, network(2, Router::UNKNOWN), 0).unwrap();
         assert_eq!(out, frame(elsewhere, Some(2)), "what is not for the router needs none");
-        assert_eq!(onward(&frame(VIRTUAL, None), VIRTUAL, network(2, Router::UNKNOWN)), None);
-        let none = Network { router: known.0, link: Link::NONE.0, address: 0 };
-        assert_eq!(onward(&frame(VIRTUAL, None), VIRTUAL, none), None);
+        assert_eq!(onward(&frame(VIRTUAL, None), VIRTUAL, network(2, Router::UNKNOWN), 0), None);
+        let none = behind(known, Link::NONE);
+        assert_eq!(onward(&frame(VIRTUAL, None), VIRTUAL, none, 0), None);
         for len in 0..ETH_LEN {
-            assert_eq!(onward(&frame(VIRTUAL, Some(1))[..len], VIRTUAL, network(2, known)), None);
+            assert_eq!(onward(&frame(VIRTUAL, Some(1))[..len], VIRTUAL, network(2, known), 0), None);
         }
+    }
+
+    #[test]
+    fn a_held_frame_keeps_its_own_tag_behind_a_service_tag() {
+        let service = |tci: u16| [&[0x88, 0xa8], &tci.to_be_bytes()[..]].concat();
+        let link = Link::new(2, 0).service();
+        let known = Router::at(ROUTER.word());
+        let out = |frame: &[u8], link, access| onward(frame, VIRTUAL, behind(known, link), access);
+        let own = frame(VIRTUAL, Some(0xe009));
+        let inside = |outer: Vec<u8>, rest: &[u8]| [&ROUTER.0[..], &TARO.0, &outer, rest].concat();
+        assert_eq!(out(&own, link, 0), Some(inside(service(0xe002), &own[12..])));
+        assert_eq!(out(&own, link.with_pcp(1), 0), Some(inside(service(0x2002), &own[12..])));
+        assert_eq!(out(&own, link, 9), Some(inside(service(0xe002), &own[16..])), "the access side's");
+        let both = [&own[..12], &[0x81, 0, 0, 9], &own[12..]].concat();
+        assert_eq!(out(&both, link, 9), Some(inside(service(2), &own[12..])));
+        assert_eq!(out(&both, link, 0), None, "two of its own");
+        assert_eq!(out(&both, Link::new(2, 0), 9), None);
     }
 
     /// The sum over everything, checksum included, is all ones.
@@ -172,7 +203,7 @@ mod tests {
             let marker = Marker {
                 from: (TARO, Ipv4Addr::new(10, 1, 0, 100)),
                 router: ROUTER,
-                vid: 1,
+                link: Link::new(1, 0),
                 to: (Ipv4Addr::new(203, 0, 113, 10), 47_000),
                 nonce,
             };
@@ -186,7 +217,7 @@ mod tests {
             assert_eq!((&udp[2..6], &udp[8..]), (&[0xb7, 0x98, 0, 16][..], &nonce.to_be_bytes()[..]));
             assert!(is_whole(&[&ip[12..20], &[0, 17, 0, 16], udp].concat()));
             assert_ne!(udp[6..8], [0, 0], "there is a checksum");
-            let untagged = Marker { vid: 0, ..marker }.frame();
+            let untagged = Marker { link: Link::new(0, 0), ..marker }.frame();
             assert_eq!(untagged.len(), 60);
             assert_eq!((&untagged[..12], &untagged[12..50]), (&tagged[..12], &tagged[16..54]));
         }

@@ -25,7 +25,7 @@
 use std::{
     collections::{HashMap as Known, HashSet},
     fs, io,
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr},
     os::fd::AsFd as _,
     sync::{
         Arc, Mutex,
@@ -44,7 +44,7 @@ use aya::{
     },
 };
 use gateway_ebpf::{
-    Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
+    Access, Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
     hold::{HoldWord, Scratch},
     maps,
 };
@@ -60,7 +60,7 @@ use crate::{
     mapping::Mapping,
     pins::{PinError, Pins, Shape},
     ring::Ring,
-    table::{ACCESS_PORT, SwitchAnswer, WAN_PORT, Write, slots_for},
+    table::{ACCESS_PORT, KnownBy, SwitchAnswer, WAN_PORT, Write, slots_for},
 };
 
 /// A program of the gateway, and the interface it belongs on.
@@ -209,9 +209,11 @@ pub struct Plane {
     user_index: HashMap<MapData, UserKey, u32>,
     by_mac: HashMap<MapData, u64, u32>,
     by_ip: HashMap<MapData, u32, u32>,
+    by_ip6: HashMap<MapData, [u64; 2], u32>,
     device: DevMap<MapData>,
     counters: PerCpuArray<MapData, u64>,
-    ifindex: [u32; 2],
+    /// By port; 0: none.
+    ifindex: [u32; PORTS as usize],
 }
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gateway"));
@@ -274,9 +276,9 @@ impl Plane {
                 source: source.into(),
             })?;
         }
-        let user = Arc::new(mapping(&mut ebpf, maps::USER, slots, 2)?);
+        let user = Arc::new(mapping(&mut ebpf, maps::USER, slots, 4)?);
         let switch = Arc::new(mapping(&mut ebpf, maps::SWITCH, SWITCHES, 1)?);
-        let network = Arc::new(mapping(&mut ebpf, maps::NETWORK, NETWORKS, 3)?);
+        let network = Arc::new(mapping(&mut ebpf, maps::NETWORK, NETWORKS, 8)?);
         let run = Arc::new(mapping(&mut ebpf, maps::RUN, cpus, 8)?);
         let holds = Holds {
             user: Arc::clone(&user),
@@ -301,24 +303,26 @@ impl Plane {
             user_index: typed(&mut ebpf, maps::USER_INDEX)?,
             by_mac: typed(&mut ebpf, maps::USER_BY_MAC)?,
             by_ip: typed(&mut ebpf, maps::USER_BY_IP)?,
+            by_ip6: typed(&mut ebpf, maps::USER_BY_IP6)?,
             device: typed(&mut ebpf, maps::DEVICE)?,
             counters: typed(&mut ebpf, maps::COUNTERS)?,
             ebpf,
-            ifindex: [0; 2],
+            ifindex: [0; _],
         })
     }
 
-    /// Tells the programs which interface is on which side, and the longest frame it takes (tags not counted).
+    /// Tells the programs which interface a port is, and the longest frame it takes (the outer tag not counted).
     ///
     /// # Errors
     /// [`PlaneError::Map`] if there is no such interface.
-    pub fn set_port(&mut self, side: Side, ifindex: u32, largest_frame: u64) -> Result<(), PlaneError> {
-        let port = side.port();
-        if self.ifindex[usize::from(port)] != ifindex {
+    pub fn set_port(&mut self, port: u16, ifindex: u32, largest_frame: u64) -> Result<(), PlaneError> {
+        let known =
+            self.ifindex.get_mut(usize::from(port)).ok_or(PlaneError::Object("port of that number"))?;
+        if *known != ifindex {
             self.device
                 .set(port.into(), ifindex, None, 0)
                 .map_err(|source: XdpMapError| map_error(maps::DEVICE, "naming an interface", source))?;
-            self.ifindex[usize::from(port)] = ifindex;
+            *known = ifindex;
         }
         self.port.word(port.into(), 0).store(largest_frame, Ordering::Release);
         Ok(())
@@ -402,16 +406,22 @@ impl Plane {
     /// # Errors
     /// [`PlaneError::Map`]. Repeating it is harmless.
     pub fn reconcile(&mut self, contents: &[Write]) -> Result<usize, PlaneError> {
-        let (mut index, mut by_mac, mut by_ip) = (Known::new(), Known::new(), Known::new());
+        let (mut index, mut by_mac) = (Known::new(), Known::new());
+        let (mut by_ip, mut by_ip6) = (Known::new(), Known::new());
         let (mut slots, mut networks, mut vids) = (HashSet::new(), HashSet::new(), HashSet::new());
         for write in contents {
             match *write {
-                Write::AddMac { mac, port, slot } => {
-                    index.insert(self.key(mac, port), slot);
-                    by_mac.insert(mac.word(), slot);
+                Write::AddUser { known_by, slot } => {
+                    index.insert(self.key(known_by), slot);
+                    if let Some(mac) = known_by.mac {
+                        by_mac.insert(mac.word(), slot);
+                    }
                 }
-                Write::AddAddress { address, slot } => {
+                Write::AddAddress { address: IpAddr::V4(address), slot } => {
                     by_ip.insert(Write::address_word(address), slot);
+                }
+                Write::AddAddress { address: IpAddr::V6(address), slot } => {
+                    by_ip6.insert(Write::address6_words(address), slot);
                 }
                 Write::UserWord { slot, .. } => {
                     slots.insert(slot as usize);
@@ -419,8 +429,8 @@ impl Plane {
                 Write::NetworkLink { index, .. } => {
                     networks.insert(usize::from(index));
                 }
-                Write::Vid { vid, .. } => {
-                    vids.insert(usize::from(vid));
+                Write::Vid { tag, .. } => {
+                    vids.insert(usize::from(tag));
                 }
                 _ => {}
             }
@@ -428,6 +438,7 @@ impl Plane {
         let mut changes = forget_others(&mut self.user_index, maps::USER_INDEX, &index)?;
         changes += forget_others(&mut self.by_mac, maps::USER_BY_MAC, &by_mac)?;
         changes += forget_others(&mut self.by_ip, maps::USER_BY_IP, &by_ip)?;
+        changes += forget_others(&mut self.by_ip6, maps::USER_BY_IP6, &by_ip6)?;
         for write in contents {
             if !self.has(write) {
                 self.apply(std::slice::from_ref(write))?;
@@ -443,9 +454,9 @@ impl Plane {
                 }
             }
         };
-        clear(&self.user, &slots, &[0, 1]);
+        clear(&self.user, &slots, &[0, 1, 2]);
         clear(&self.by_vid, &vids, &[0]);
-        clear(&self.network, &networks, &[1, 0, 2]);
+        clear(&self.network, &networks, &[1, 0, 2, 3, 4, 5]);
         Ok(changes)
     }
 
@@ -457,21 +468,28 @@ impl Plane {
         match *write {
             Write::UserWord { slot, word } => is(&self.user, slot as usize, 0, word.0),
             Write::UserIdentity { slot, identity } => is(&self.user, slot as usize, 1, identity),
-            Write::AddMac { mac, port, slot } => {
-                self.user_index.get(&self.key(mac, port), 0).is_ok_and(|s| s == slot)
-                    && self.by_mac.get(&mac.word(), 0).is_ok_and(|s| s == slot)
+            Write::UserAccess { slot, known_by, guard } => {
+                is(&self.user, slot as usize, 2, self.access(known_by, guard))
             }
-            Write::AddAddress { address, slot } => {
+            Write::AddUser { known_by, slot } => {
+                self.user_index.get(&self.key(known_by), 0).is_ok_and(|s| s == slot)
+                    && known_by.mac.is_none_or(|mac| self.by_mac.get(&mac.word(), 0).is_ok_and(|s| s == slot))
+            }
+            Write::AddAddress { address: IpAddr::V4(address), slot } => {
                 self.by_ip.get(&Write::address_word(address), 0).is_ok_and(|s| s == slot)
+            }
+            Write::AddAddress { address: IpAddr::V6(address), slot } => {
+                self.by_ip6.get(&Write::address6_words(address), 0).is_ok_and(|s| s == slot)
             }
             Write::Switch { index, word } => is(&self.switch, index.into(), 0, word.0),
             Write::NetworkRouter { index, router } => is(&self.network, index.into(), 0, router.0),
             Write::NetworkLink { index, link } => is(&self.network, index.into(), 1, link.0),
-            Write::NetworkAddress { index, address } => {
-                is(&self.network, index.into(), 2, Write::address_word(address).into())
+            Write::NetworkAddress { index, .. } => {
+                let words = (2..).zip(self.network_addresses(write));
+                words.into_iter().all(|(word, value)| is(&self.network, index.into(), word, value))
             }
-            Write::Vid { vid, index } => is(&self.by_vid, vid.into(), 0, index.into()),
-            Write::RemoveMac { .. } | Write::RemoveAddress { .. } => false,
+            Write::Vid { tag, index } => is(&self.by_vid, tag.into(), 0, index.into()),
+            Write::RemoveUser { .. } | Write::RemoveAddress { .. } => false,
         }
     }
 
@@ -488,7 +506,27 @@ impl Plane {
     /// What a network says now.
     pub fn network_words(&self, index: u16) -> Network {
         let word = |word| self.network.word(index.into(), word).load(Ordering::Acquire);
-        Network { router: word(0), link: word(1), address: word(2) }
+        Network {
+            router: word(0),
+            link: word(1),
+            address: word(2),
+            ifindex: word(3),
+            address6: [word(4), word(5)],
+            spare: [word(6), word(7)],
+        }
+    }
+
+    /// The words of `NETWORK` from `address` on, as a [`Write::NetworkAddress`] wants them.
+    fn network_addresses(&self, write: &Write) -> [u64; 4] {
+        let Write::NetworkAddress { address, address6, port, .. } = *write else { return [0; 4] };
+        let address = address.map_or(0, |a| Write::address_word(a).into());
+        let [high, low] = address6.map_or([0, 0], Write::address6_words);
+        [address, self.ifindex[usize::from(port)].into(), high, low]
+    }
+
+    /// The word of `USER` for how a user comes in.
+    fn access(&self, known_by: KnownBy, guard: bool) -> u64 {
+        Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard).0
     }
 
     fn stamp(&self, cpu: usize, index: u16) -> &AtomicU64 {
@@ -513,20 +551,34 @@ impl Plane {
                 Write::UserIdentity { slot, identity } => {
                     self.user.word(slot as usize, 1).store(identity, Ordering::Release);
                 }
-                Write::AddMac { mac, port, slot } => {
-                    self.index_user(mac, port, slot)?;
-                    insert(&mut self.by_mac, maps::USER_BY_MAC, mac.word(), slot)?;
+                Write::UserAccess { slot, known_by, guard } => {
+                    let access = self.access(known_by, guard);
+                    self.user.word(slot as usize, 2).store(access, Ordering::Release);
                 }
-                Write::RemoveMac { mac, port } => {
-                    let key = self.key(mac, port);
+                Write::AddUser { known_by, slot } => {
+                    self.index_user(known_by, slot)?;
+                    if let Some(mac) = known_by.mac {
+                        insert(&mut self.by_mac, maps::USER_BY_MAC, mac.word(), slot)?;
+                    }
+                }
+                Write::RemoveUser { known_by } => {
+                    let key = self.key(known_by);
                     remove(&mut self.user_index, maps::USER_INDEX, key)?;
-                    remove(&mut self.by_mac, maps::USER_BY_MAC, mac.word())?;
+                    if let Some(mac) = known_by.mac {
+                        remove(&mut self.by_mac, maps::USER_BY_MAC, mac.word())?;
+                    }
                 }
-                Write::AddAddress { address, slot } => {
+                Write::AddAddress { address: IpAddr::V4(address), slot } => {
                     insert(&mut self.by_ip, maps::USER_BY_IP, Write::address_word(address), slot)?;
                 }
-                Write::RemoveAddress { address } => {
+                Write::AddAddress { address: IpAddr::V6(address), slot } => {
+                    insert(&mut self.by_ip6, maps::USER_BY_IP6, Write::address6_words(address), slot)?;
+                }
+                Write::RemoveAddress { address: IpAddr::V4(address) } => {
                     remove(&mut self.by_ip, maps::USER_BY_IP, Write::address_word(address))?;
+                }
+                Write::RemoveAddress { address: IpAddr::V6(address) } => {
+                    remove(&mut self.by_ip6, maps::USER_BY_IP6, Write::address6_words(address))?;
                 }
                 Write::Switch { index, word } => {
                     self.switch.word(index.into(), 0).store(word.0, Ordering::SeqCst);
@@ -537,28 +589,33 @@ impl Plane {
                 Write::NetworkLink { index, link } => {
                     self.network.word(index.into(), 1).store(link.0, Ordering::Release);
                 }
-                Write::NetworkAddress { index, address } => {
-                    let word = Write::address_word(address).into();
-                    self.network.word(index.into(), 2).store(word, Ordering::Release);
+                Write::NetworkAddress { index, .. } => {
+                    for (word, value) in (2..).zip(self.network_addresses(write)) {
+                        self.network.word(index.into(), word).store(value, Ordering::Release);
+                    }
                 }
-                Write::Vid { vid, index } => {
-                    self.by_vid.word(vid.into(), 0).store(index.into(), Ordering::Release);
+                Write::Vid { tag, index } => {
+                    self.by_vid.word(tag.into(), 0).store(index.into(), Ordering::Release);
                 }
             }
         }
         Ok(())
     }
 
-    fn key(&self, mac: Mac, port: u16) -> UserKey {
-        UserKey { mac: mac.word(), ifindex: self.ifindex[usize::from(port)], tag: 0 }
+    fn key(&self, known_by: KnownBy) -> UserKey {
+        UserKey {
+            mac: known_by.mac.map_or(UserKey::ANY_MAC, Mac::word),
+            ifindex: self.ifindex[usize::from(known_by.port)],
+            tag: known_by.tag.into(),
+        }
     }
 
-    /// Says which slot a source MAC on a port has: one hash-map update by system call.
+    /// Says which slot a user has: one hash-map update by system call.
     ///
     /// # Errors
     /// [`PlaneError::Map`].
-    pub fn index_user(&mut self, mac: Mac, port: u16, slot: u32) -> Result<(), PlaneError> {
-        let key = self.key(mac, port);
+    pub fn index_user(&mut self, known_by: KnownBy, slot: u32) -> Result<(), PlaneError> {
+        let key = self.key(known_by);
         insert(&mut self.user_index, maps::USER_INDEX, key, slot)
     }
 
@@ -642,7 +699,7 @@ where
 }
 
 /// Every map of the programs with its sizes.
-fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 16] {
+fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 17] {
     const INDEX: u32 = size_of::<u32>() as u32;
     const WORD: u32 = size_of::<u64>() as u32;
     let shape = |key_size, value_size: usize, max_entries| Shape {
@@ -657,6 +714,8 @@ fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 16]
         (maps::USER_INDEX, shape(size_of::<UserKey>() as u32, size_of::<u32>(), max_users)),
         (maps::USER_BY_MAC, shape(WORD, size_of::<u32>(), max_users)),
         (maps::USER_BY_IP, shape(INDEX, size_of::<u32>(), addresses)),
+        // and the one made of the MAC
+        (maps::USER_BY_IP6, shape(2 * WORD, size_of::<u32>(), addresses.saturating_add(max_users))),
         (maps::SWITCH, shape(INDEX, word, SWITCHES)),
         (maps::NETWORK, shape(INDEX, size_of::<Network>(), NETWORKS)),
         (maps::NETWORK_BY_VID, shape(INDEX, word, VIDS)),

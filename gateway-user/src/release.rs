@@ -330,7 +330,8 @@ impl Drain {
         let now = monotonic_ns();
         let onward = |kept: &Kept| {
             let network = holds.network_of(kept.record.slot())?;
-            onward(&kept.frame, self.inner.virtual_mac, network)
+            let access_tag = holds.access_of(kept.record.slot()).tag();
+            onward(&kept.frame, self.inner.virtual_mac, network, access_tag)
         };
         let (going, frames): (Vec<&Kept>, Vec<Vec<u8>>) =
             batch.iter().filter_map(|kept| Some((kept, onward(kept)?))).unzip();

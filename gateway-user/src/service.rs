@@ -21,7 +21,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_ebpf::words::Selector;
+use gateway_ebpf::{
+    frame::{TPID_8021AD, TPID_8021Q},
+    words::Selector,
+};
 use handover_api::{
     tls::{Peer, Role, require_role},
     v1::{self, finding::Severity, gateway_server},
@@ -32,9 +35,9 @@ use tracing::{debug, info, warn};
 
 use crate::{
     config::Config,
-    desired::{self, Desired, Invalid},
-    groups::{Budget, Group, Groups, Hearers, HearersByVid},
-    introduce::{Heard, Introduced, Introducer, PATIENCE},
+    desired::{self, Desired, Invalid, Wiring},
+    groups::{Budget, Copies, Group, Groups, Hearers, HearersByNetwork},
+    introduce::{Asker, Heard, Introduced, Introducer, PATIENCE},
     link::{Link, LinkError, Promiscuous},
     mac::Mac,
     onward::Marker,
@@ -43,13 +46,15 @@ use crate::{
     release::Releaser,
     state::{StateError, Store},
     table::{
-        Asked, HoldFigures, HoldStep, Named, Refusal, Release, Retired, Snapshot, SnapshotError, StageAnswer,
-        StageStep, SwitchAnswer, SwitchStep, Table, Write,
+        ACCESS_PORT, Asked, HoldFigures, HoldStep, Learned, Named, Refusal, Release, Retired, Snapshot,
+        SnapshotError, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table, WAN_PORT, Write,
     },
 };
 
 /// How often routers that have not answered are asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
+/// How often routers that are known are asked again: one that was replaced without announcing it is found.
+const REFRESH: Duration = Duration::from_secs(30);
 
 /// Why the gateway could not start.
 #[derive(Debug, thiserror::Error)]
@@ -61,10 +66,10 @@ pub enum StartError {
     #[error(transparent)]
     Plane(#[from] PlaneError),
     /// The packet socket.
-    #[error("packet socket on interface `{wan}` (needs CAP_NET_RAW)")]
+    #[error("packet socket on interface `{interface}` (needs CAP_NET_RAW)")]
     Socket {
         /// Which.
-        wan: String,
+        interface: String,
         /// Why.
         #[source]
         source: io::Error,
@@ -106,15 +111,15 @@ pub struct Gateway(Arc<Inner>);
 struct Inner {
     name: String,
     boot_id: String,
-    virtual_router_mac: Mac,
+    wiring: Wiring,
     pin_dir: Option<PathBuf>,
     access: Link,
     wan: Link,
-    wan_mac: Mac,
     /// Of a data path that ends with the daemon; the other kind is promiscuous by itself.
     _promiscuous: Option<[Promiscuous; 2]>,
     introducer: Introducer,
     groups: Groups,
+    copier: Copies,
     releaser: Releaser,
     /// Group frames' copies: sent, and not sent.
     copies: [AtomicU64; 2],
@@ -138,7 +143,6 @@ impl Gateway {
     /// [`StartError`]; what was attached is detached again.
     pub fn start(config: &Config) -> Result<Self, StartError> {
         let mut links = [Link::open(&config.access)?, Link::open(&config.wan)?];
-        let wan_mac = links[1].mac()?;
         for link in &links {
             if !link.is_running()? {
                 warn!(interface = link.name, "the interface is down or has no carrier");
@@ -156,23 +160,28 @@ impl Gateway {
             }
         };
 
-        let groups = Groups::open(&links[0], &links[1])
-            .map_err(|source| StartError::Socket { wan: config.wan.clone(), source })?;
+        let failed = |interface: &str, source| StartError::Socket { interface: interface.into(), source };
+        let groups = Groups::open(&links[1]).map_err(|e| failed(&config.wan, e))?;
+        let copier = Copies::open(&links[0]).map_err(|e| failed(&config.access, e))?;
         let holds = Arc::clone(core.plane.holds());
         let releaser = Releaser::open(holds, config.virtual_router_mac, &links[1])
-            .map_err(|source| StartError::Socket { wan: config.wan.clone(), source })?;
+            .map_err(|e| failed(&config.wan, e))?;
         let [access, wan] = links;
         let gateway = Self(Arc::new(Inner {
             name: config.name.clone(),
             boot_id: boot_id.trim().into(),
-            virtual_router_mac: config.virtual_router_mac,
+            wiring: Wiring {
+                virtual_router_mac: config.virtual_router_mac,
+                access: vec![config.access.clone()],
+                wan: vec![config.wan.clone()],
+            },
             pin_dir: config.pin_dir.clone(),
             access,
             wan,
-            wan_mac,
             _promiscuous: promiscuous,
             introducer,
             groups,
+            copier,
             releaser,
             copies: Default::default(),
             core: Mutex::new(core),
@@ -251,7 +260,7 @@ impl Gateway {
     fn spawn_groups(self) {
         tokio::spawn(async move {
             let mut budget = Budget::new(Instant::now());
-            let (mut known, mut hearers) = (None, HearersByVid::new());
+            let (mut known, mut hearers) = (None, HearersByNetwork::new());
             let ended = self.0.groups.listen(|group| {
                 {
                     let table = &self.core().table;
@@ -259,7 +268,7 @@ impl Gateway {
                         (known, hearers) = (Some(table.hearing()), table.hearers());
                     }
                 }
-                if let Some(hearers) = hearers.get(&group.vid) {
+                if let Some(hearers) = hearers.get(&(WAN_PORT, group.tag)) {
                     self.give(group, hearers, &mut budget);
                 }
             });
@@ -269,18 +278,17 @@ impl Gateway {
         });
     }
 
-    fn give(&self, group: Group<'_>, hearers: &Hearers, budget: &mut Budget) {
-        let Group { frame, .. } = group;
-        if hearers.router.is_some_and(|router| frame[6..12] == router.0) {
-            frame[6..12].copy_from_slice(&self.0.virtual_router_mac.0);
+    fn give(&self, mut group: Group<'_>, hearers: &Hearers, budget: &mut Budget) {
+        if !group.translate(hearers, self.0.wiring.virtual_router_mac) {
+            return;
         }
         let granted = budget.take(hearers.users.len(), Instant::now());
         let mut sent = 0;
+        let mut room = Vec::new();
         for user in &hearers.users[..granted] {
-            frame[..6].copy_from_slice(&user.0);
-            match self.0.groups.send(frame) {
+            match self.0.copier.send(user.copy(group.frame, &mut room)) {
                 Ok(()) => sent += 1,
-                Err(error) => debug!(%user, %error, "a copy of a group frame could not be sent"),
+                Err(error) => debug!(?user, %error, "a copy of a group frame could not be sent"),
             }
         }
         let [copied, not_copied] = &self.0.copies;
@@ -289,7 +297,7 @@ impl Gateway {
     }
 
     fn learn(&self, heard: Heard) {
-        if heard.router == self.0.virtual_router_mac {
+        if heard.router == self.0.wiring.virtual_router_mac {
             warn!(
                 ?heard,
                 "a router has the virtual router's MAC: give the gateway another virtual_router_mac"
@@ -297,14 +305,23 @@ impl Gateway {
             return;
         }
         let mut core = self.core();
-        let Some((index, write)) = core.table.heard(heard.vid, heard.address, heard.router) else {
-            debug!(?heard, "ARP of no network's router");
+        let Some(Learned { before, write }) =
+            core.table.heard((WAN_PORT, heard.tag), heard.address, heard.router)
+        else {
+            debug!(?heard, "no network's router");
             return;
         };
         if let Some(write) = write {
-            info!(vid = heard.vid, address = %heard.address, mac = %heard.router, "router learned");
+            match before {
+                None => {
+                    info!(tag = heard.tag, address = %heard.address, mac = %heard.router, "router learned")
+                }
+                Some(before) => {
+                    warn!(tag = heard.tag, address = %heard.address, mac = %heard.router, %before, "the router has changed");
+                }
+            }
             if let Err(error) = core.plane.apply(&[write]) {
-                tracing::error!(index, %error, "the router's MAC could not be written");
+                tracing::error!(%error, "the router's MAC could not be written");
             }
             drop(core);
             self.save_soon();
@@ -312,15 +329,21 @@ impl Gateway {
     }
 
     /// Asks for all routers once, as those that are known may have been replaced while no daemon was there; then again for
-    /// those that have not answered.
+    /// those that have not answered, and from time to time for the others.
     fn spawn_asker(self) {
         tokio::spawn(async move {
-            let learned = self.core().table.routers(true);
-            self.ask_routers(learned).await;
             let mut again = tokio::time::interval(ASK_AGAIN);
+            let mut refresh = tokio::time::interval(REFRESH);
             loop {
-                again.tick().await;
-                self.ask_unknown_routers().await;
+                tokio::select! {
+                    _ = refresh.tick() => {
+                        let learned = self.core().table.routers(true);
+                        for network in self.ask_routers(learned).await {
+                            warn!("{}; its MAC is kept", silent(&network));
+                        }
+                    }
+                    _ = again.tick() => { self.ask_unknown_routers().await; }
+                }
             }
         });
     }
@@ -331,7 +354,7 @@ impl Gateway {
         self.ask_routers(unknown).await
     }
 
-    async fn ask_routers(&self, routers: Vec<(Asked, (Mac, Ipv4Addr))>) -> Vec<Asked> {
+    async fn ask_routers(&self, routers: Vec<(Asked, Asker)>) -> Vec<Asked> {
         let mut asking = JoinSet::new();
         for (network, user) in routers {
             let gateway = self.clone();
@@ -355,8 +378,8 @@ impl Gateway {
         silent
     }
 
-    async fn introduce(&self, network: &Asked, users: &[(Mac, Ipv4Addr)]) -> io::Result<Introduced> {
-        self.0.introducer.introduce(network.spec.vid.unwrap_or(0), network.spec.address, users).await
+    async fn introduce(&self, network: &Asked, users: &[Asker]) -> io::Result<Introduced> {
+        self.0.introducer.introduce(network.place(), users).await
     }
 
     /// Sends on what `migration` holds, to the old network (A) or the new one (B), if it holds anything. Whoever asks meanwhile
@@ -387,10 +410,14 @@ impl Gateway {
             warn!(network = &*step.from.name, "no marker is sent: the router's MAC is not known");
             return Ok(false);
         };
+        let Some(user) = step.user else {
+            info!("no marker is sent: no held user has both a MAC and an IPv4 address");
+            return Ok(false);
+        };
         let frame = Marker {
-            from: step.user,
+            from: user,
             router,
-            vid: step.from.spec.vid.unwrap_or(0),
+            link: step.from.spec.link(),
             to: (address, port),
             nonce: marker.nonce,
         };
@@ -441,7 +468,7 @@ impl Gateway {
 
     /// Asks for the router of `network` as the gateway itself, which introduces nobody.
     async fn check_router(&self, network: &Asked) -> Option<v1::Finding> {
-        let nobody = [(self.0.wan_mac, Ipv4Addr::UNSPECIFIED)];
+        let nobody = [Asker { mac: None, v4: None, v6: None }];
         let trouble = match self.introduce(network, &nobody).await {
             Ok(Introduced { router: Some(_), .. }) => return None,
             Ok(_) => silent(network),
@@ -609,12 +636,13 @@ const fn options(config: &Config) -> Options {
 }
 
 fn introducer([_, wan]: &[Link; 2]) -> Result<Introducer, StartError> {
-    Introducer::open(wan).map_err(|source| StartError::Socket { wan: wan.name.clone(), source })
+    Introducer::open(wan, wan.mac()?)
+        .map_err(|source| StartError::Socket { interface: wan.name.clone(), source })
 }
 
 fn set_ports(plane: &mut Plane, [access, wan]: &[Link; 2]) -> Result<(), StartError> {
-    plane.set_port(Side::Access, access.index, access.largest_frame()?)?;
-    plane.set_port(Side::Wan, wan.index, wan.largest_frame()?)?;
+    plane.set_port(ACCESS_PORT, access.index, access.largest_frame()?)?;
+    plane.set_port(WAN_PORT, wan.index, wan.largest_frame()?)?;
     Ok(())
 }
 
@@ -635,15 +663,20 @@ async fn save(store: HeldStore, snapshot: Snapshot) -> Result<HeldStore, Status>
 }
 
 fn vid_text(network: &Asked) -> String {
-    network.spec.vid.map_or_else(|| "none (untagged)".into(), |vid| vid.to_string())
+    if network.spec.vid.is_none() { "none (untagged)".into() } else { network.spec.tag_text() }
 }
 
 fn silent(network: &Asked) -> String {
     format!(
-        "router {} of network `{}` (VID {}) did not answer ARP within {} ms",
-        network.spec.address,
+        "router {} of network `{}` (VID {}) did not answer {} within {} ms",
+        network.spec.addresses_text(),
         network.name,
         vid_text(network),
+        match (network.spec.address, network.spec.address6) {
+            (Some(_), None) => "ARP",
+            (None, _) => "neighbour discovery",
+            (Some(_), Some(_)) => "ARP or neighbour discovery",
+        },
         PATIENCE.as_millis()
     )
 }
@@ -748,14 +781,14 @@ impl gateway_server::Gateway for Gateway {
         request: Request<v1::ConfigureRequest>,
     ) -> Result<Response<v1::ConfigureResponse>, Status> {
         require_role(&request, CONTROLLER)?;
-        let desired = Desired::new(request.get_ref(), self.0.virtual_router_mac)?;
+        let desired = Desired::new(request.get_ref(), &self.0.wiring)?;
         let _one_at_a_time = self.0.configuring.lock().await;
         {
             let mut core = self.core();
             // an interface's MTU may have been changed since
-            for (side, link) in [(Side::Access, &self.0.access), (Side::Wan, &self.0.wan)] {
+            for (port, link) in [(ACCESS_PORT, &self.0.access), (WAN_PORT, &self.0.wan)] {
                 let largest = link.largest_frame().map_err(|e| Status::failed_precondition(chain(&e)))?;
-                core.plane.set_port(side, link.index, largest).map_err(|e| internal(&e))?;
+                core.plane.set_port(port, link.index, largest).map_err(|e| internal(&e))?;
             }
         }
         let _kept = match &self.0.store {
@@ -820,11 +853,16 @@ impl gateway_server::Gateway for Gateway {
             networks: core
                 .table
                 .networks()
-                .map(|(name, spec, router)| v1::NetworkStatus {
-                    name: name.into(),
-                    vid: spec.vid.map(Into::into),
-                    router_mac: router.map(|mac| mac.to_string()).unwrap_or_default(),
-                    router_address: spec.address.to_string(),
+                .map(|n| v1::NetworkStatus {
+                    name: n.name.into(),
+                    vid: n.spec.vid.map(Into::into),
+                    router_mac: n.router.map(|mac| mac.to_string()).unwrap_or_default(),
+                    router_address: n.spec.address.map(|a| a.to_string()).unwrap_or_default(),
+                    router_address6: n.spec.address6.map(|a| a.to_string()).unwrap_or_default(),
+                    tpid: if n.spec.service { TPID_8021AD } else { TPID_8021Q }.into(),
+                    pcp: n.spec.pcp.map(Into::into),
+                    wan: self.0.wiring.name(n.spec.port).into(),
+                    router_changes: n.changes,
                 })
                 .collect(),
             users: core
@@ -832,10 +870,13 @@ impl gateway_server::Gateway for Gateway {
                 .users()
                 .map(|user| v1::UserStatus {
                     name: user.name.into(),
-                    mac: user.spec.mac.to_string(),
+                    mac: user.spec.mac.map(|mac| mac.to_string()).unwrap_or_default(),
                     network: user.network.into(),
                     staged_by: user.staged_by.unwrap_or_default().into(),
                     addresses: user.spec.addresses.iter().map(ToString::to_string).collect(),
+                    interface: self.0.wiring.name(user.spec.port).into(),
+                    tag: user.spec.tag.map(Into::into),
+                    guard: user.spec.guard,
                 })
                 .collect(),
             switches: core
@@ -934,7 +975,7 @@ impl gateway_server::Gateway for Gateway {
             .core()
             .table
             .networks()
-            .find_map(|(name, _, router)| (*name == *to_network).then_some(router)?)
+            .find_map(|n| (*n.name == *to_network).then_some(n.router)?)
             .map(|mac| mac.to_string())
             .unwrap_or_default();
         Ok(Response::new(v1::StageResponse { switch: switch.into(), generation, router_mac }))

@@ -20,7 +20,9 @@ use serde::{Deserialize, Serialize};
 use crate::table::Snapshot;
 
 /// Version of the file.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+/// Oldest version that is read: of the first, every field means what it did.
+const OLDEST: u32 = 1;
 
 /// Errors of the state directory.
 #[derive(Debug, thiserror::Error)]
@@ -55,7 +57,7 @@ pub enum StateError {
         source: serde_json::Error,
     },
     /// Another version's.
-    #[error("state file {} has format {found}, this daemon reads {FORMAT}: start the version that wrote it", path.display())]
+    #[error("state file {} has format {found}, this daemon reads {OLDEST} to {FORMAT}: start the version that wrote it", path.display())]
     Format {
         /// Which.
         path: PathBuf,
@@ -120,7 +122,7 @@ impl Store {
         };
         let damaged = |source| StateError::Damaged { path: store.file.clone(), source };
         let AnyFormat { format } = serde_json::from_slice(&text).map_err(damaged)?;
-        if format != FORMAT {
+        if !(OLDEST..=FORMAT).contains(&format) {
             return Err(StateError::Format { path: store.file, found: format });
         }
         let saved: Saved<Snapshot> = serde_json::from_slice(&text).map_err(damaged)?;
@@ -209,7 +211,7 @@ mod tests {
             let error = Store::open(dir.path()).unwrap_err();
             assert!(matches!(error, StateError::Damaged { .. }), "{bad}: {error}");
         }
-        fs::write(&file, "{\"format\": 2, \"rest\": []}").unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 2, .. })));
+        fs::write(&file, "{\"format\": 3, \"rest\": []}").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 3, .. })));
     }
 }

@@ -33,28 +33,26 @@
 
 use std::{
     collections::{BTreeMap, HashMap, VecDeque},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
 
 use gateway_ebpf::{
     Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord,
-    frame::ip_word,
+    frame::{ip_word, ip6_words},
     words::{Phase, Selector},
 };
 
 use handover_api::users::{self, DIGEST_LEN};
 
+pub use crate::desired::{ACCESS_PORT, WAN_PORT};
 use crate::{
     desired::{Desired, NetworkSpec, UserSpec},
-    groups::{Hearers, HearersByVid},
+    groups::{Hearer, Hearers, HearersByNetwork},
+    introduce::{Asker, Place},
     mac::Mac,
 };
 
-/// The WAN interface in `PORT` and `DEVICE`.
-pub const WAN_PORT: u16 = 0;
-/// The access interface in `PORT` and `DEVICE`.
-pub const ACCESS_PORT: u16 = 1;
 /// How many ended migrations are remembered.
 pub const PAST_MAX: usize = 4096;
 
@@ -66,24 +64,37 @@ pub enum Write {
     UserWord { slot: u32, word: UserWord },
     /// `USER[slot].identity`
     UserIdentity { slot: u32, identity: u64 },
-    /// `USER_INDEX` and `USER_BY_MAC`
-    AddMac { mac: Mac, port: u16, slot: u32 },
+    /// `USER[slot].access`
+    UserAccess { slot: u32, known_by: KnownBy, guard: bool },
+    /// `USER_INDEX`, and `USER_BY_MAC` if the user is known by a MAC
+    AddUser { known_by: KnownBy, slot: u32 },
     /// The inverse.
-    RemoveMac { mac: Mac, port: u16 },
-    /// `USER_BY_IP`
-    AddAddress { address: Ipv4Addr, slot: u32 },
+    RemoveUser { known_by: KnownBy },
+    /// `USER_BY_IP` or `USER_BY_IP6`
+    AddAddress { address: IpAddr, slot: u32 },
     /// The inverse.
-    RemoveAddress { address: Ipv4Addr },
+    RemoveAddress { address: IpAddr },
     /// `SWITCH[index]`
     Switch { index: u16, word: SwitchWord },
     /// `NETWORK[index].router`
     NetworkRouter { index: u16, router: Router },
     /// `NETWORK[index].link`
     NetworkLink { index: u16, link: Link },
-    /// `NETWORK[index].address`
-    NetworkAddress { index: u16, address: Ipv4Addr },
-    /// `NETWORK_BY_VID[vid]`
-    Vid { vid: u16, index: u16 },
+    /// `NETWORK[index].address`, `address6` and `ifindex`
+    NetworkAddress { index: u16, address: Option<Ipv4Addr>, address6: Option<Ipv6Addr>, port: u16 },
+    /// `NETWORK_BY_VID[tag]`
+    Vid { tag: u16, index: u16 },
+}
+
+/// What a user's frames are known by.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KnownBy {
+    /// The source MAC; `None`: any.
+    pub mac: Option<Mac>,
+    /// The port of the access interface.
+    pub port: u16,
+    /// VID of the access side's tag; 0: none.
+    pub tag: u16,
 }
 
 /// Indices that words in the maps may still name.
@@ -143,7 +154,7 @@ pub enum Refusal {
     #[error(
         "the router is {from_address} in network `{from}`, but {to_address} in `{to}`: a user's router must have one address"
     )]
-    OtherRouter { from: String, from_address: Ipv4Addr, to: String, to_address: Ipv4Addr },
+    OtherRouter { from: String, from_address: String, to: String, to_address: String },
     /// The same migration, but other users or networks.
     #[error("migration `{migration}` is staged here with other {what}: abort it first")]
     Differs { migration: String, what: &'static str },
@@ -203,8 +214,8 @@ pub enum StageStep {
     Introduce {
         /// The new network.
         network: Asked,
-        /// MAC and first address of each user.
-        users: Vec<(Mac, Ipv4Addr)>,
+        /// As whom to ask.
+        users: Vec<Asker>,
     },
     /// Was staged before.
     Done(StageAnswer),
@@ -271,6 +282,28 @@ pub struct SwitchView<'a> {
     pub phase: &'static str,
 }
 
+/// What a router's word brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Learned {
+    /// The router's MAC before.
+    pub before: Option<Mac>,
+    /// To carry out, if it is another now.
+    pub write: Option<Write>,
+}
+
+/// A network as `Status` shows it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct NetworkView<'a> {
+    /// Name.
+    pub name: &'a str,
+    /// What is declared of it.
+    pub spec: &'a NetworkSpec,
+    /// The router's MAC, declared or learned.
+    pub router: Option<Mac>,
+    /// How often the router turned out to have another MAC than before.
+    pub changes: u64,
+}
+
 /// A user as `Status` shows it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct UserView<'a> {
@@ -312,9 +345,22 @@ struct NetworkState {
     index: u16,
     spec: NetworkSpec,
     learned: Option<Mac>,
+    /// How often the router turned out to have another MAC than before.
+    changes: u64,
 }
 
 impl NetworkState {
+    /// Everything about it, in an order that is safe while frames flow.
+    fn writes(&self) -> [Write; 4] {
+        let (index, spec) = (self.index, &self.spec);
+        [
+            Write::NetworkRouter { index, router: self.router_word() },
+            Write::NetworkAddress { index, address: spec.address, address6: spec.address6, port: spec.port },
+            Write::NetworkLink { index, link: spec.link() },
+            Write::Vid { tag: spec.tag(), index },
+        ]
+    }
+
     fn router(&self) -> Option<Mac> {
         self.spec.router_mac.or(self.learned)
     }
@@ -446,35 +492,32 @@ impl Table {
         next.networks.retain(|name, network| {
             let keep = desired.networks.contains_key(name);
             if !keep {
-                removals.push(Write::Vid { vid: network.spec.vid.unwrap_or(0), index: 0 });
+                removals.push(Write::Vid { tag: network.spec.tag(), index: 0 });
                 removals.push(Write::NetworkLink { index: network.index, link: Link::NONE });
                 retired.networks.push(network.index.into());
             }
             keep
         });
         for (name, spec) in &desired.networks {
-            let index = match next.networks.get_mut(name) {
+            match next.networks.get_mut(name) {
                 Some(network) if network.spec == *spec => continue,
                 Some(network) => {
-                    removals.push(Write::Vid { vid: network.spec.vid.unwrap_or(0), index: 0 });
-                    if (network.spec.vid, network.spec.address) != (spec.vid, spec.address) {
+                    let was = &network.spec;
+                    removals.push(Write::Vid { tag: was.tag(), index: 0 });
+                    if (was.tag(), was.port, was.address, was.address6)
+                        != (spec.tag(), spec.port, spec.address, spec.address6)
+                    {
                         network.learned = None;
                     }
                     network.spec = spec.clone();
-                    network.index
                 }
                 None => {
                     let index = next.network_indices.take().ok_or(Refusal::Room("network"))? as u16;
-                    let state = NetworkState { index, spec: spec.clone(), learned: None };
+                    let state = NetworkState { index, spec: spec.clone(), learned: None, changes: 0 };
                     next.networks.insert(Arc::clone(name), state);
-                    index
                 }
-            };
-            let vid = spec.vid.unwrap_or(0);
-            additions.push(Write::NetworkRouter { index, router: next.networks[name].router_word() });
-            additions.push(Write::NetworkAddress { index, address: spec.address });
-            additions.push(Write::NetworkLink { index, link: Link::new(vid, WAN_PORT) });
-            additions.push(Write::Vid { vid, index });
+            }
+            additions.extend(next.networks[name].writes());
         }
 
         next.users.retain(|name, user| {
@@ -482,15 +525,14 @@ impl Table {
             if !keep {
                 removals.push(Write::UserWord { slot: user.slot, word: UserWord::resting(0) });
                 removals.push(Write::UserIdentity { slot: user.slot, identity: 0 });
-                removals.push(Write::RemoveMac { mac: user.spec.mac, port: ACCESS_PORT });
-                removals.extend(user.spec.addresses.iter().map(|&address| Write::RemoveAddress { address }));
+                removals.push(Write::RemoveUser { known_by: user.spec.known_by() });
+                removals.extend(user.spec.all_addresses().map(|address| Write::RemoveAddress { address }));
                 retired.slots.push(user.slot);
             }
             keep
         });
         for (name, (spec, network)) in &desired.users {
-            let identity = User::identity(spec.mac.word(), ACCESS_PORT);
-            let slot = match next.users.get_mut(name) {
+            match next.users.get_mut(name) {
                 Some(user) => {
                     if !next.networks.contains_key(&user.network) {
                         // the network the user was on is gone: the one declared, then
@@ -501,28 +543,21 @@ impl Table {
                     if user.spec == *spec {
                         continue;
                     }
-                    removals.push(Write::RemoveMac { mac: user.spec.mac, port: ACCESS_PORT });
+                    removals.push(Write::RemoveUser { known_by: user.spec.known_by() });
                     removals
-                        .extend(user.spec.addresses.iter().map(|&address| Write::RemoveAddress { address }));
+                        .extend(user.spec.all_addresses().map(|address| Write::RemoveAddress { address }));
                     user.spec = spec.clone();
-                    additions.push(Write::UserIdentity { slot: user.slot, identity });
-                    user.slot
                 }
                 None => {
                     let slot = next.slots.take().ok_or(Refusal::Room("user"))?;
                     let state =
                         UserState { slot, spec: spec.clone(), network: Arc::clone(network), staged_by: None };
                     next.users.insert(Arc::clone(name), state);
-                    additions.push(Write::UserIdentity { slot, identity });
-                    additions.push(Write::UserWord {
-                        slot,
-                        word: UserWord::resting(next.networks[network].index),
-                    });
-                    slot
+                    let word = UserWord::resting(next.networks[network].index);
+                    additions.push(Write::UserWord { slot, word });
                 }
-            };
-            additions.push(Write::AddMac { mac: spec.mac, port: ACCESS_PORT, slot });
-            additions.extend(spec.addresses.iter().map(|&address| Write::AddAddress { address, slot }));
+            }
+            additions.extend(next.users[name].writes());
         }
 
         removals.extend(additions);
@@ -578,13 +613,13 @@ impl Table {
             found.push(Refusal::SameNetwork(to.into()));
         }
         if let (Some(a), Some(b)) = (self.networks.get(from), self.networks.get(to))
-            && a.spec.address != b.spec.address
+            && (a.spec.address, a.spec.address6) != (b.spec.address, b.spec.address6)
         {
             found.push(Refusal::OtherRouter {
                 from: from.into(),
-                from_address: a.spec.address,
+                from_address: a.spec.addresses_text(),
                 to: to.into(),
-                to_address: b.spec.address,
+                to_address: b.spec.addresses_text(),
             });
         }
         let mut sorted: Vec<&str> = users.iter().map(String::as_str).collect();
@@ -905,20 +940,22 @@ impl Table {
         }
     }
 
-    /// The router with address `address` was heard at `mac` in the network with `vid` (0: untagged). Answers with the
-    /// network's index, and what to write if that is news.
-    pub fn heard(&mut self, vid: u16, address: Ipv4Addr, mac: Mac) -> Option<(u16, Option<Write>)> {
-        let network = self
-            .networks
-            .values_mut()
-            .find(|n| n.spec.vid.unwrap_or(0) == vid && n.spec.address == address)?;
-        let news = network.spec.router_mac.is_none() && network.learned != Some(mac);
+    /// The router with address `address` was heard at `mac` on `port` in the network with `tag` ([`NetworkSpec::tag`]).
+    /// Answers with the network's index, the MAC it had before, and what to write if that is news.
+    pub fn heard(&mut self, (port, tag): (u16, u16), address: IpAddr, mac: Mac) -> Option<Learned> {
+        let network = self.networks.values_mut().find(|n| {
+            let own = [n.spec.address.map(IpAddr::from), n.spec.address6.map(IpAddr::from)];
+            (n.spec.port, n.spec.tag()) == (port, tag) && own.contains(&Some(address))
+        })?;
+        let before = network.router();
+        let news = network.spec.router_mac.is_none() && before != Some(mac);
         if news {
+            network.changes += u64::from(before.is_some());
             network.learned = Some(mac);
             self.hearing += 1;
         }
         let (index, router) = (network.index, network.router_word());
-        Some((index, news.then_some(Write::NetworkRouter { index, router })))
+        Some(Learned { before, write: news.then_some(Write::NetworkRouter { index, router }) })
     }
 
     /// A network by name, as the introduction needs it.
@@ -927,7 +964,7 @@ impl Table {
     }
 
     /// Networks with users whose router's MAC was learned, or is not known yet, each with one user to ask as.
-    pub fn routers(&self, learned: bool) -> Vec<(Asked, (Mac, Ipv4Addr))> {
+    pub fn routers(&self, learned: bool) -> Vec<(Asked, Asker)> {
         self.networks
             .iter()
             .filter(|(_, n)| n.spec.router_mac.is_none() && n.learned.is_some() == learned)
@@ -938,9 +975,14 @@ impl Table {
             .collect()
     }
 
-    /// Name, what is known, and router MAC, configured or learned, of each network.
-    pub fn networks(&self) -> impl Iterator<Item = (&str, &NetworkSpec, Option<Mac>)> {
-        self.networks.iter().map(|(name, n)| (&**name, &n.spec, n.router()))
+    /// The networks.
+    pub fn networks(&self) -> impl Iterator<Item = NetworkView<'_>> {
+        self.networks.iter().map(|(name, n)| NetworkView {
+            name,
+            spec: &n.spec,
+            router: n.router(),
+            changes: n.changes,
+        })
     }
 
     /// Changes whenever [`Table::hearers`] may.
@@ -950,16 +992,17 @@ impl Table {
 
     /// Who hears which network, as the `wan` program has it: the users who are on it, and those who have been switched away
     /// from it and are not finished.
-    pub fn hearers(&self) -> HearersByVid {
-        let mut all = HearersByVid::new();
+    pub fn hearers(&self) -> HearersByNetwork {
+        let mut all = HearersByNetwork::new();
         for n in self.networks.values() {
-            let hearers = Hearers { router: n.router(), users: Vec::new() };
-            all.insert(n.spec.vid.unwrap_or(0), hearers);
+            let hearers = Hearers { router: n.router(), address6: n.spec.address6, users: Vec::new() };
+            all.insert((n.spec.port, n.spec.tag()), hearers);
         }
         let mut hears = |network: &str, user: &UserState| {
-            let vid = self.networks.get(network).map(|n| n.spec.vid.unwrap_or(0));
-            if let Some(hearers) = vid.and_then(|vid| all.get_mut(&vid)) {
-                hearers.users.push(user.spec.mac);
+            let key = self.networks.get(network).map(|n| (n.spec.port, n.spec.tag()));
+            if let Some(hearers) = key.and_then(|key| all.get_mut(&key)) {
+                let UserSpec { mac, port, tag, .. } = user.spec;
+                hearers.users.push(Hearer { mac, port, tag });
             }
         };
         for user in self.users.values() {
@@ -1013,16 +1056,57 @@ impl Table {
 }
 
 impl UserState {
-    fn ask(&self) -> (Mac, Ipv4Addr) {
-        // at least one, see UserSpec
-        (self.spec.mac, self.spec.addresses.first().copied().unwrap_or(Ipv4Addr::UNSPECIFIED))
+    fn ask(&self) -> Asker {
+        Asker { mac: self.spec.mac, v4: self.spec.v4(), v6: self.spec.v6() }
+    }
+
+    /// All but where the user is, in an order that is safe while frames flow.
+    fn writes(&self) -> impl Iterator<Item = Write> + '_ {
+        let (slot, known_by) = (self.slot, self.spec.known_by());
+        let mac = self.spec.mac.map_or(0, Mac::word);
+        let of_user = [
+            Write::UserIdentity { slot, identity: User::identity(mac, known_by.port) },
+            Write::UserAccess { slot, known_by, guard: self.spec.guard },
+            Write::AddUser { known_by, slot },
+        ];
+        of_user
+            .into_iter()
+            .chain(self.spec.all_addresses().map(move |address| Write::AddAddress { address, slot }))
+    }
+}
+
+impl UserSpec {
+    fn known_by(&self) -> KnownBy {
+        KnownBy { mac: self.mac, port: self.port, tag: self.tag.unwrap_or(0) }
+    }
+}
+
+impl NetworkSpec {
+    /// How it is reached.
+    pub fn link(&self) -> Link {
+        let link = Link::new(self.vid.unwrap_or(0), self.port);
+        let link = if self.service { link.service() } else { link };
+        self.pcp.map_or(link, |pcp| link.with_pcp(pcp))
+    }
+}
+
+impl Asked {
+    /// Where the introduction asks.
+    pub fn place(&self) -> Place {
+        let NetworkSpec { port, address, address6, .. } = self.spec;
+        Place { port, tag: self.spec.tag(), address, address6 }
     }
 }
 
 impl Write {
-    /// The address as the map's key.
+    /// An IPv4 address as the maps have it.
     pub const fn address_word(address: Ipv4Addr) -> u32 {
         ip_word(address.octets())
+    }
+
+    /// An IPv6 address as the maps have it.
+    pub const fn address6_words(address: Ipv6Addr) -> [u64; 2] {
+        ip6_words(address.octets())
     }
 }
 

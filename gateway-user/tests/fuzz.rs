@@ -14,7 +14,7 @@ use handover_gateway::{
 use proptest::{collection::vec, prelude::*, test_runner::TestRunner};
 
 /// Worlds.
-const CASES: u32 = 8_000;
+const CASES: u32 = 12_000;
 /// Frames of each side in each.
 const FRAMES: usize = 64;
 
@@ -34,7 +34,7 @@ fn a_million_generated_frames_do_what_the_oracle_says() {
     let begun = Instant::now();
     let config = ProptestConfig { cases: CASES, failure_persistence: None, ..ProptestConfig::default() };
     // world, and the choices of each frame
-    let strategy = (vec(any::<u64>(), 20), vec(vec(any::<u64>(), 12), 2 * FRAMES));
+    let strategy = (vec(any::<u64>(), 48), vec(vec(any::<u64>(), 24), 2 * FRAMES));
     TestRunner::new(config)
         .run(&strategy, |(world, frames)| {
             let world = fuzz::world(&mut Given::new(&world));
@@ -66,19 +66,60 @@ fn a_million_generated_frames_do_what_the_oracle_says() {
 fn a_program_that_did_otherwise_would_be_noticed() {
     let mut harness = Harness::new().expect("this test needs root");
     let mut random = Random(7);
-    let user =
-        |n, place, hold| User { mac: [2, 0, 0, 0, 1, n], addresses: vec![[10, 1, 0, 100 + n]], place, hold };
     // a world in which every rule matters
     let world = World {
         virtual_mac: [0x02, 0x48, 0x4f, 0, 0, 1],
         networks: vec![
-            Network { vid: Some(1), router: Some([2, 0, 0, 0, 0x0a, 1]), address: [10, 1, 0, 1] },
-            Network { vid: None, router: Some([2, 0, 0, 0, 0x0a, 2]), address: [10, 1, 0, 1] },
+            Network {
+                vid: Some(1),
+                service: true,
+                pcp: Some(5),
+                elsewhere: false,
+                router: Some([2, 0, 0, 0, 0x0a, 1]),
+                address: Some([10, 1, 0, 1]),
+                address6: Some([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+            },
+            Network {
+                vid: None,
+                service: false,
+                pcp: None,
+                elsewhere: false,
+                router: Some([2, 0, 0, 0, 0x0a, 2]),
+                address: Some([10, 1, 0, 1]),
+                address6: Some([0xfe, 0x80, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]),
+            },
         ],
         users: vec![
-            user(0, Place::Switched(0, 1), Hold::Holding),
-            user(1, Place::On(0), Hold::No),
-            user(2, Place::Staged(0, 1), Hold::Draining),
+            User {
+                mac: Some([2, 0, 0, 0, 1, 0]),
+                tag: None,
+                elsewhere: false,
+                guard: false,
+                addresses: vec![[10, 1, 0, 100]],
+                addresses6: Vec::new(),
+                place: Place::Switched(0, 1),
+                hold: Hold::Holding,
+            },
+            User {
+                mac: Some([2, 0, 0, 0, 1, 1]),
+                tag: None,
+                elsewhere: false,
+                guard: true,
+                addresses: vec![[10, 1, 0, 101]],
+                addresses6: Vec::new(),
+                place: Place::On(0),
+                hold: Hold::No,
+            },
+            User {
+                mac: None,
+                tag: Some(7),
+                elsewhere: false,
+                guard: false,
+                addresses: vec![[10, 1, 0, 102]],
+                addresses6: vec![[0x20, 1, 0x0d, 0xb8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1]],
+                place: Place::Staged(0, 1),
+                hold: Hold::Draining,
+            },
         ],
         service: [203, 0, 113, 10],
         memory_full: false,
@@ -95,15 +136,26 @@ fn a_program_that_did_otherwise_would_be_noticed() {
     assert!(agree(&world));
 
     type Spoil = fn(&mut World);
-    let spoils: [Spoil; 16] = [
+    let spoils: [Spoil; 27] = [
         |w| w.virtual_mac[5] ^= 1,
         |w| w.networks[0].vid = Some(2),
+        |w| w.networks[0].service = false,
+        |w| w.networks[0].pcp = None,
+        |w| w.networks[0].elsewhere = true,
         |w| w.networks[0].router = None,
         |w| w.networks[0].router = Some([2, 0, 0, 0, 0x0a, 3]),
-        |w| w.networks[1].address = [10, 9, 0, 1],
+        |w| w.networks[0].address = None,
+        |w| w.networks[0].address6 = None,
+        |w| w.networks[1].address = Some([10, 9, 0, 1]),
         |w| w.users[0].place = Place::Staged(0, 1),
         |w| w.users[0].place = Place::On(1),
+        |w| w.users[0].guard = true,
         |w| w.users[1].addresses = vec![[10, 1, 0, 102]],
+        |w| w.users[1].guard = false,
+        |w| w.users[1].elsewhere = true,
+        |w| w.users[1].tag = Some(7),
+        |w| w.users[2].tag = Some(77),
+        |w| w.users[2].addresses6.clear(),
         |w| w.access_largest -= 1,
         |w| w.wan_largest -= 1,
         |w| w.service[3] ^= 1,

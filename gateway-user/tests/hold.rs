@@ -552,13 +552,13 @@ fn no_frame_is_under_way_past_the_marker_however_often_and_fast() {
         let mut plane = Plane::load(&options).unwrap();
         let wan = Link::open("wan0").unwrap();
         for (side, link) in [(Side::Wan, &wan), (Side::Access, &Link::open("access0").unwrap())] {
-            plane.set_port(side, link.index, 1514).unwrap();
+            plane.set_port(side.port(), link.index, 1514).unwrap();
             plane.attach(side, &link.name, link.index).unwrap();
         }
         let releaser = Releaser::open(Arc::clone(plane.holds()), VIRTUAL, &wan).unwrap();
         let mut request = configuration();
         request.networks[0].router_mac = Some(ROUTER1.to_string());
-        let desired = Desired::new(&request, VIRTUAL).unwrap();
+        let desired = Desired::new(&request, &handover_gateway::desired::Wiring::single(VIRTUAL)).unwrap();
         let (mut table, writes, _) = Table::new(16).configured(&desired).unwrap();
         plane.apply(&writes).unwrap();
         table.stage_begin("m", &["taro".to_string()], "flat", "net2").unwrap();
@@ -585,8 +585,13 @@ fn no_frame_is_under_way_past_the_marker_however_often_and_fast() {
             holds.begin(staged.switch, V, u64::MAX);
             phase(Phase::Hold);
             holds.settle().unwrap();
-            let marker =
-                Marker { from: (TARO, TARO_IP), router: ROUTER1, vid: 0, to: (V, MARKER), nonce: number };
+            let marker = Marker {
+                from: (TARO, TARO_IP),
+                router: ROUTER1,
+                link: gateway_ebpf::Link::new(0, 0),
+                to: (V, MARKER),
+                nonce: number,
+            };
             releaser.send(&marker.frame()).unwrap();
             while holds.figures(staged.switch).frames < 3 {
                 thread::yield_now();

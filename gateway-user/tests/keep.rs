@@ -259,7 +259,7 @@ fn a_held_frame_goes_on_as_the_program_would_have_sent_it() {
                     let sent = bare(dst, user, tci, IPV4, &ip(V, payload));
                     let ran = rig.access(&sent);
                     assert_eq!(ran.outcome, Outcome::AccessForwarded);
-                    assert_eq!(onward(&sent, VIRTUAL, words).as_ref(), Some(&ran.frame));
+                    assert_eq!(onward(&sent, VIRTUAL, words, 0).as_ref(), Some(&ran.frame));
                 }
             }
         }

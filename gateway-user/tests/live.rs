@@ -513,7 +513,7 @@ fn the_gateway_says_what_it_is_doing() {
         assert_eq!(
             json("users"),
             serde_json::json!([{"name": "taro", "mac": TARO.to_string(), "addresses": ["10.1.0.100"],
-                "network": "flat", "staged_by": null}])
+                "interface": "access0", "tag": null, "guard": false, "network": "flat", "staged_by": null}])
         );
         let networks = json("networks");
         assert_eq!((&networks[1]["name"], &networks[1]["vid"]), (&"net2".into(), &2.into()), "{networks}");

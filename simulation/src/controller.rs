@@ -10,7 +10,6 @@ use std::{
     time::Duration,
 };
 
-use handover_api::v1;
 use handover_controller::{
     inventory::{self, Inventory},
     patience::{Asking, CONFIRM, Confirming, PREFLIGHT},
@@ -21,7 +20,10 @@ use handover_controller::{
     triggers::Request,
     world::{Record, World},
 };
-use handover_gateway::{desired::Desired, mac::Mac};
+use handover_gateway::{
+    desired::{Desired, Wiring},
+    mac::Mac,
+};
 
 use crate::{
     gateway::Gateway,
@@ -217,31 +219,8 @@ impl Controller {
     }
 
     fn desired(&self, g: usize) -> Desired {
-        let inventory = &self.world.inventory;
-        let request = v1::ConfigureRequest {
-            revision: self.world.revision,
-            networks: inventory
-                .networks
-                .iter()
-                .map(|(name, n)| v1::Network {
-                    name: name.clone(),
-                    vid: n.vid.map(u32::from),
-                    router_address: n.router_address.to_string(),
-                    router_mac: n.router_mac.clone(),
-                })
-                .collect(),
-            users: self.gateway_users[g]
-                .iter()
-                .filter_map(|name| Some((name, inventory.users.get(name)?)))
-                .map(|(name, u)| v1::User {
-                    name: name.clone(),
-                    mac: u.mac.clone(),
-                    addresses: u.addresses.iter().map(ToString::to_string).collect(),
-                    network: self.world.users.get(name).cloned().unwrap_or_default(),
-                })
-                .collect(),
-        };
-        match Desired::new(&request, VIRTUAL_ROUTER) {
+        let request = self.world.configuration(&format!("gw{g}"));
+        match Desired::new(&request, &Wiring::single(VIRTUAL_ROUTER)) {
             Ok(desired) => desired,
             Err(e) => unreachable!("the simulation's inventory: {e}"),
         }

@@ -59,11 +59,11 @@ impl Gateway {
                 Write::Switch { index, word } => {
                     self.switches.insert(index, word);
                 }
-                Write::AddMac { mac, slot, .. } => {
-                    self.slots.insert(mac, slot);
+                Write::AddUser { known_by, slot } => {
+                    self.slots.extend(known_by.mac.map(|mac| (mac, slot)));
                 }
-                Write::RemoveMac { mac, .. } => {
-                    self.slots.remove(&mac);
+                Write::RemoveUser { known_by } => {
+                    known_by.mac.map(|mac| self.slots.remove(&mac));
                 }
                 _ => {}
             }
@@ -72,13 +72,13 @@ impl Gateway {
 
     /// The network a user's frames go to, as the program would find it; `None`: they are dropped.
     pub(crate) fn network_of(&self, user: &str) -> Option<&str> {
-        let mac = self.table.users().find(|u| u.name == user)?.spec.mac;
+        let mac = self.table.users().find(|u| u.name == user)?.spec.mac?;
         let word = self.users.get(self.slots.get(&mac)?)?;
         let switch = self.switches.get(&u16::try_from(word.switch()).ok()?)?;
         let index = word.select(*switch)?.network;
         self.table
             .networks()
-            .map(|(name, ..)| name)
+            .map(|n| n.name)
             .find(|name| self.table.network(name).is_some_and(|n| n.index == index))
     }
 

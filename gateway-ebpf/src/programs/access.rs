@@ -4,16 +4,17 @@ use aya_ebpf::{helpers::generated::bpf_get_smp_processor_id, programs::XdpContex
 use gateway_ebpf::{
     Outcome, User, UserKey,
     frame::{
-        ARP_REQUEST, ETH_LEN, ETHERTYPE_ARP, Eth, Tag, is_ipv4_over_ethernet, is_link_local, wire_ip_word,
-        wire_mac_word, with_vid, word_wire_mac,
+        ARP_REQUEST, Arp, ETHERTYPE_ARP, ETHERTYPE_IPV6, Eth, TPID_8021AD, TPID_8021Q, is_ipv4_over_ethernet,
+        is_link_local, wire_ip_word, wire_mac_word, word_wire_mac,
     },
 };
 
 use super::{
+    identity::{ACCESS_TAG, SPOOFED, UNKNOWN, guarded, sender},
     keep::{Keep, keep},
     maps::{FoundNetwork, FoundUser, USER_INDEX, virtual_router_mac},
-    neighbour::answer_for_router,
-    tags::{BadTags, Headers, at, fits, pop_tag, push_tag, redirect},
+    neighbour::{GOES_ON, answer_for_router, neighbour_of_user},
+    tags::{BadTags, Headers, Outer, at, fits, redirect, retag},
     watch::{Watched, stamp},
 };
 
@@ -25,22 +26,26 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     if is_link_local(dst) {
         return Ok(Outcome::AccessLinkLocal);
     }
-    let headers = Headers::read(ctx, eth).map_err(|bad| match bad {
+    let headers = Headers::read::<true>(ctx, eth).map_err(|bad| match bad {
         BadTags::Truncated => Outcome::AccessTruncated,
         BadTags::Service => Outcome::AccessServiceTag,
         BadTags::Stacked => Outcome::AccessStackedTags,
         BadTags::ReservedVid => Outcome::AccessReservedVid,
     })?;
-
-    let mac = wire_mac_word(src);
-    let key = UserKey { mac, ifindex: ctx.ingress_ifindex() as u32, tag: 0 };
-    // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
-    let slot = *unsafe { USER_INDEX.get(key) }.ok_or(Outcome::AccessUnknownUser)?;
-    let user = FoundUser::by_mac(slot, mac).ok_or(Outcome::AccessUnknownUser)?;
+    let found = find(ctx, wire_mac_word(src), headers.vid())?;
+    let user = &found.user;
+    let mut eth = eth;
+    if user.access().guard() {
+        let refused = guarded(ctx.ctx, headers.l3, headers.ethertype, found.slot);
+        if refused != GOES_ON {
+            return Err(Outcome::from_index(refused).unwrap_or(Outcome::Internal));
+        }
+        eth = at::<Eth>(ctx, 0).ok_or(Outcome::Internal)?;
+    }
 
     let word = user.word();
     if word.switch() == 0 {
-        return send(ctx, eth, &headers, &user, word.a());
+        return send(ctx, eth, &headers, &found, word.a());
     }
 
     // SAFETY: helpers without arguments.
@@ -48,9 +53,9 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let run = Watched::begin(cpu).ok_or(Outcome::Internal)?;
     let result = match user.select(word) {
         None => Err(Outcome::AccessGeneration),
-        Some(selection) => match keep(ctx, &headers, slot, word, selection.phase) {
+        Some(selection) => match keep(ctx, &headers, found.slot, word, selection.phase) {
             Keep::Kept(result) => result,
-            kept => match send(ctx, eth, &headers, &user, selection.network) {
+            kept => match send(ctx, eth, &headers, &found, selection.network) {
                 Ok(Outcome::AccessForwarded) => {
                     // `a` is what the switch turns away from
                     if selection.network == word.a() {
@@ -69,36 +74,90 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     result
 }
 
+/// The sender of a frame.
+struct Found {
+    slot: u32,
+    user: FoundUser,
+    /// The outer tag is the access side's, not the user's own.
+    access_tag: bool,
+}
+
+/// Who sent a frame from `mac` with the tag `vid` (0: none).
+#[inline(always)]
+fn find(ctx: &XdpContext, mac: u64, vid: u16) -> Result<Found, Outcome> {
+    let ifindex = ctx.ingress_ifindex() as u32;
+    if vid == 0 {
+        // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
+        if let Some(slot) = unsafe { USER_INDEX.get(UserKey { mac, ifindex, tag: 0 }) } {
+            let slot = *slot;
+            let user = FoundUser::by_mac(slot, mac).ok_or(Outcome::AccessUnknownUser)?;
+            return Ok(Found { slot, user, access_tag: false });
+        }
+    }
+    match sender(mac, ifindex, vid.into()) {
+        UNKNOWN => Err(Outcome::AccessUnknownUser),
+        SPOOFED => Err(Outcome::AccessSpoofed),
+        sender => {
+            let (slot, access_tag) = (sender as u32, sender & ACCESS_TAG != 0);
+            let user = FoundUser::in_slot(slot).ok_or(Outcome::Internal)?;
+            Ok(Found { slot, user, access_tag })
+        }
+    }
+}
+
 /// A user's frame into `network`.
 #[inline(always)]
 fn send(
     ctx: &XdpContext,
     eth: *mut Eth,
     headers: &Headers,
-    user: &FoundUser,
+    found: &Found,
     network: u16,
 ) -> Result<Outcome, Outcome> {
-    let network = FoundNetwork::at(network).ok_or(Outcome::Internal)?;
+    let index = network;
+    let network = FoundNetwork::at(index).ok_or(Outcome::Internal)?;
     let link = network.link();
     if !link.in_use() {
         return Err(Outcome::AccessNoNetwork);
     }
     let virtual_mac = virtual_router_mac();
     let router = network.router().mac();
+    let identity = found.user.identity;
+    let mut eth = eth;
 
+    // SAFETY: `eth` was checked by `at`, and the frame has not been moved since.
+    if User::mac_of(identity) == 0 && router == Some(wire_mac_word(unsafe { (*eth).src })) {
+        return Err(Outcome::AccessSpoofed);
+    }
+    if headers.ethertype == ETHERTYPE_IPV6.to_be() {
+        match neighbour_of_user(ctx.ctx, headers.l3, index.into()) {
+            GOES_ON => {}
+            told => match Outcome::from_index(told).unwrap_or(Outcome::Internal) {
+                Outcome::AccessNdAnswered => {
+                    return redirect(
+                        User::port_of(identity),
+                        Outcome::AccessNdAnswered,
+                        Outcome::AccessNoPort,
+                    );
+                }
+                refused => return Err(refused),
+            },
+        }
+        eth = at::<Eth>(ctx, 0).ok_or(Outcome::Internal)?;
+    }
     if headers.ethertype == ETHERTYPE_ARP.to_be() {
-        let arp = headers.arp(ctx).ok_or(Outcome::AccessTruncated)?;
+        let arp = at::<Arp>(ctx, headers.l3).ok_or(Outcome::AccessTruncated)?;
         // SAFETY: checked by `at`, here and below; the frame is not moved before the last use.
         let (is_arp, op, target) =
             unsafe { (is_ipv4_over_ethernet(&*arp), (*arp).op, wire_ip_word((*arp).tpa)) };
         if !is_arp {
             return Err(Outcome::AccessArpMalformed);
         }
-        if op == ARP_REQUEST.to_be() && target == network.address() {
+        if op == ARP_REQUEST.to_be() && target == network.address() && target != 0 {
             answer_for_router(eth, arp, word_wire_mac(virtual_mac));
             // not XDP_TX: a veth never wakes a peer without an XDP program for that (its
             // veth_xdp_flush; seen on Linux 6.18)
-            return redirect(User::port_of(user.identity), Outcome::AccessArpAnswered, Outcome::AccessNoPort);
+            return redirect(User::port_of(identity), Outcome::AccessArpAnswered, Outcome::AccessNoPort);
         }
         // SAFETY: as above.
         unsafe {
@@ -115,18 +174,16 @@ fn send(
         }
     }
 
-    if !fits(ctx, link.port(), headers.tci.is_some()) {
+    // A tag that is the user's own stays, behind a service tag; else the network's takes its place. A priority tag is none.
+    let replace = headers.tci.is_some() && (found.access_tag || headers.vid() == 0 || !link.is_service());
+    if headers.inner && !(replace && link.is_service()) {
+        return Err(Outcome::AccessStackedTags);
+    }
+    if !fits(ctx, link.port(), replace) {
         return Err(Outcome::AccessTooLong);
     }
-    match (headers.tci, link.vid()) {
-        (None, 0) => {}
-        (None, vid) => push_tag(ctx, vid).ok_or(Outcome::AccessNoHeadroom)?,
-        (Some(_), 0) => pop_tag(ctx).ok_or(Outcome::AccessNoHeadroom)?,
-        (Some(tci), vid) => {
-            let tag = at::<Tag>(ctx, ETH_LEN).ok_or(Outcome::AccessTruncated)?;
-            // SAFETY: checked by `at`.
-            unsafe { (*tag).tci = with_vid(tci, vid).to_be() };
-        }
-    }
+    let tpid = if link.is_service() { TPID_8021AD } else { TPID_8021Q };
+    let outer = (link.vid() != 0).then(|| Outer { tpid, tci: link.tci(headers.tci.unwrap_or(0)) });
+    retag(ctx, replace, outer).ok_or(Outcome::AccessNoHeadroom)?;
     redirect(link.port(), Outcome::AccessForwarded, Outcome::AccessNoPort)
 }

@@ -17,7 +17,7 @@ use aya_ebpf::{
 };
 use gateway_ebpf::{
     Held, Hold, Load, Outcome, Record, SWITCHES, UserWord,
-    frame::{ETH_LEN, ETHERTYPE_IPV4, Ipv4, TAG_LEN, wire_ip_word},
+    frame::{ETHERTYPE_IPV4, Ipv4, wire_ip_word},
     hold::{LONGEST, RECORD_LEN, Scratch},
     words::Phase,
 };
@@ -49,11 +49,7 @@ pub fn keep(ctx: &XdpContext, headers: &Headers, slot: u32, word: UserWord, phas
     if phase == Phase::Forward || headers.ethertype != ETHERTYPE_IPV4.to_be() {
         return Keep::No;
     }
-    let ip = match headers.tci {
-        None => at::<Ipv4>(ctx, ETH_LEN),
-        Some(_) => at::<Ipv4>(ctx, ETH_LEN + TAG_LEN),
-    };
-    let Some(ip) = ip else { return Keep::No };
+    let Some(ip) = at::<Ipv4>(ctx, headers.l3) else { return Keep::No };
     let Some(hold) = HOLD.get_ptr_mut(word.switch()) else { return Keep::Kept(Err(Outcome::Internal)) };
     // SAFETY: checked by `at`; an element of the map, read as the one word that the daemon writes.
     if unsafe { u64::from(wire_ip_word((*ip).dst)) != read_volatile(&raw const (*hold).address) } {

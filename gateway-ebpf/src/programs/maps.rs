@@ -3,19 +3,20 @@
 use core::ptr::read_volatile;
 
 use aya_ebpf::{
-    bindings::BPF_F_MMAPABLE,
+    bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
     macros::map,
     maps::{Array, DevMap, HashMap, PerCpuArray},
 };
 use gateway_ebpf::{
-    Link, NETWORKS, Network, Outcome, PORTS, Router, Run, SWITCHES, Selection, SwitchWord, User, UserKey,
-    UserWord, VIDS,
+    Access, Link, NETWORKS, Network, Outcome, PORTS, Router, Run, SWITCHES, Selection, SwitchWord, User,
+    UserKey, UserWord, VIDS, frame::Ip6Words,
 };
 
 /// How often a user's word is read when it and its switch are of different generations.
 const READS: u32 = 4;
 
-// Sizes marked "set at load" are placeholders for what the daemon's configuration and the machine ask for.
+// Sizes marked "set at load" are placeholders for what the daemon's configuration and the machine ask for. Users have few
+// of the addresses there is room for, so those take memory when they are there.
 #[map]
 pub static USER: Array<User> = Array::with_max_entries(1024, BPF_F_MMAPABLE); // set at load
 #[map]
@@ -23,7 +24,9 @@ pub static USER_INDEX: HashMap<UserKey, u32> = HashMap::with_max_entries(1024, 0
 #[map]
 pub static USER_BY_MAC: HashMap<u64, u32> = HashMap::with_max_entries(1024, 0); // set at load
 #[map]
-pub static USER_BY_IP: HashMap<u32, u32> = HashMap::with_max_entries(1024, 0); // set at load
+pub static USER_BY_IP: HashMap<u32, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC); // set at load
+#[map]
+pub static USER_BY_IP6: HashMap<Ip6Words, u32> = HashMap::with_max_entries(1024, BPF_F_NO_PREALLOC); // set at load
 #[map]
 pub static SWITCH: Array<u64> = Array::with_max_entries(SWITCHES, BPF_F_MMAPABLE);
 #[map]
@@ -72,6 +75,12 @@ impl FoundUser {
     }
 
     #[inline(always)]
+    pub fn access(&self) -> Access {
+        // SAFETY: an element of the map, read as the one word that the daemon writes.
+        Access(unsafe { read_volatile(&raw const (*self.user).access) })
+    }
+
+    #[inline(always)]
     pub fn word(&self) -> UserWord {
         // SAFETY: an element of the map, read as the one word that the daemon writes.
         UserWord(unsafe { read_volatile(&raw const (*self.user).word) })
@@ -95,6 +104,7 @@ impl FoundUser {
 }
 
 /// The words of a network.
+#[derive(Clone, Copy)]
 pub struct FoundNetwork(*const Network);
 
 impl FoundNetwork {
@@ -115,10 +125,25 @@ impl FoundNetwork {
         Link(unsafe { read_volatile(&raw const (*self.0).link) })
     }
 
-    /// The router's address r.
+    /// The router's address r; 0: none.
     #[inline(always)]
     pub fn address(&self) -> u32 {
         // SAFETY: as above.
         unsafe { read_volatile(&raw const (*self.0).address) as u32 }
+    }
+
+    /// Whether `address` is the router's IPv6 address.
+    #[inline(always)]
+    pub fn has_address6(&self, address: Ip6Words) -> bool {
+        // SAFETY: as above; half a change is the address of nobody.
+        let own = unsafe { read_volatile(&raw const (*self.0).address6) };
+        own == address && own != [0, 0]
+    }
+
+    /// The interface its frames come in on.
+    #[inline(always)]
+    pub fn ifindex(&self) -> u32 {
+        // SAFETY: as above.
+        unsafe { read_volatile(&raw const (*self.0).ifindex) as u32 }
     }
 }

@@ -6,14 +6,17 @@ use aya_ebpf::programs::XdpContext;
 use gateway_ebpf::{
     Outcome, User,
     frame::{
-        ARP_REQUEST, Arp, ETHERTYPE_ARP, Eth, WireMac, is_group, is_ipv4_over_ethernet, is_link_local, vid,
-        wire_ip_word, wire_mac_word, word_wire_mac,
+        ARP_REQUEST, Arp, ETHERTYPE_ARP, ETHERTYPE_IPV6, Eth, TPID_8021Q, WireMac, is_group,
+        is_ipv4_over_ethernet, is_link_local, wire_ip_word, wire_mac_word, with_vid, word_wire_mac,
     },
+    words::vid_index,
 };
 
 use super::{
+    identity::{UNKNOWN, receiver},
     maps::{FoundNetwork, FoundUser, NETWORK_BY_VID, USER_BY_IP, USER_BY_MAC, virtual_router_mac},
-    tags::{BadTags, Headers, at, fits, pop_tag, redirect},
+    neighbour::{BY_ROUTER, GOES_ON, TO_GROUP, neighbour_of_network},
+    tags::{BadTags, Headers, Outer, at, fits, redirect, retag},
 };
 
 #[inline(always)]
@@ -24,19 +27,18 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     if is_link_local(dst) {
         return Ok(Outcome::WanLinkLocal);
     }
-    let headers = Headers::read(ctx, eth).map_err(|bad| match bad {
+    let headers = Headers::read::<false>(ctx, eth).map_err(|bad| match bad {
         BadTags::Truncated => Outcome::WanTruncated,
-        BadTags::Service => Outcome::WanServiceTag,
-        BadTags::Stacked => Outcome::WanStackedTags,
+        BadTags::Service | BadTags::Stacked => Outcome::WanStackedTags,
         BadTags::ReservedVid => Outcome::WanUnknownNetwork,
     })?;
 
-    // a priority tag (VID 0) is no tag as far as the network is concerned
-    let by_vid = NETWORK_BY_VID.get_ptr(vid(headers.tci.unwrap_or(0)).into()).ok_or(Outcome::Internal)?;
+    let tag = vid_index(headers.service, headers.vid());
+    let by_vid = NETWORK_BY_VID.get_ptr(tag).ok_or(Outcome::Internal)?;
     // SAFETY: an element of the map, read as the one word that the daemon writes.
     let index = unsafe { read_volatile(by_vid) } as u16;
     let network = FoundNetwork::at(index).ok_or(Outcome::Internal)?;
-    if !network.link().in_use() {
+    if !network.link().in_use() || network.ifindex() != ctx.ingress_ifindex() as u32 {
         return Err(Outcome::WanUnknownNetwork);
     }
     let virtual_mac = virtual_router_mac();
@@ -44,7 +46,7 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
 
     let mut outcome = Outcome::WanForwarded;
     let user = if headers.ethertype == ETHERTYPE_ARP.to_be() {
-        let arp = headers.arp(ctx).ok_or(Outcome::WanTruncated)?;
+        let arp = at::<Arp>(ctx, headers.l3).ok_or(Outcome::WanTruncated)?;
         // SAFETY: checked by `at`, here and below; the frame is not moved before the last use.
         let Arp { op, sha, spa, tpa, .. } = unsafe { *arp };
         // SAFETY: as above.
@@ -52,7 +54,7 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
             return Err(Outcome::WanArpMalformed);
         }
         let (sender, target) = (wire_ip_word(spa), wire_ip_word(tpa));
-        let by_router = sender == network.address();
+        let by_router = sender == network.address() && sender != 0;
         let is_request = op == ARP_REQUEST.to_be();
         // The users' own requests for r never get here, so an answer from r is to the daemon's introduction; and what the
         // router announces of itself the users need not know: for them it has the one virtual MAC.
@@ -72,12 +74,27 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
             let slot = *unsafe { USER_BY_IP.get(target) }.ok_or(Outcome::WanUnknownUser)?;
             FoundUser::in_slot(slot).ok_or(Outcome::Internal)?
         } else {
-            by_destination(dst)?
+            by_destination(ctx, dst, &headers)?
+        }
+    } else if headers.ethertype == ETHERTYPE_IPV6.to_be() {
+        let by_router = if router == Some(wire_mac_word(src)) { BY_ROUTER } else { 0 };
+        let to_group = if is_group(dst) { TO_GROUP } else { 0 };
+        let told = neighbour_of_network(ctx.ctx, headers.l3, index.into(), by_router | to_group);
+        match told as u32 {
+            GOES_ON if to_group != 0 => return Ok(Outcome::WanGroup),
+            GOES_ON => by_destination(ctx, dst, &headers)?,
+            told_of => match Outcome::from_index(told_of).unwrap_or(Outcome::Internal) {
+                Outcome::WanNdForwarded => {
+                    outcome = Outcome::WanNdForwarded;
+                    FoundUser::in_slot((told >> 32) as u32).ok_or(Outcome::Internal)?
+                }
+                other => return Ok(other),
+            },
         }
     } else if is_group(dst) {
         return Ok(Outcome::WanGroup);
     } else {
-        by_destination(dst)?
+        by_destination(ctx, dst, &headers)?
     };
 
     let selection = user.select(user.word()).ok_or(Outcome::WanGeneration)?;
@@ -85,28 +102,39 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
         return Err(Outcome::WanStaleNetwork);
     }
 
-    // SAFETY: `eth` was checked by `at`, and the frame has not been moved since.
+    let eth = at::<Eth>(ctx, 0).ok_or(Outcome::Internal)?;
+    // SAFETY: checked by `at`.
     unsafe {
         if router == Some(wire_mac_word(src)) {
             (*eth).src = word_wire_mac(virtual_mac);
         }
-        (*eth).dst = word_wire_mac(User::mac_of(user.identity));
+        let mac = User::mac_of(user.identity);
+        if mac != 0 {
+            (*eth).dst = word_wire_mac(mac);
+        }
     }
     let port = User::port_of(user.identity);
-    if headers.tci.is_some() {
-        pop_tag(ctx).ok_or(Outcome::WanNoHeadroom)?;
-    }
-    if !fits(ctx, port, false) {
+    let tagged = headers.tci.is_some();
+    if !fits(ctx, port, tagged) {
         return Err(Outcome::WanTooLong);
     }
+    let tag = user.access().tag();
+    let outer = (tag != 0).then(|| Outer { tpid: TPID_8021Q, tci: with_vid(headers.tci.unwrap_or(0), tag) });
+    retag(ctx, tagged, outer).ok_or(Outcome::WanNoHeadroom)?;
     redirect(port, outcome, Outcome::WanNoPort)
 }
 
-/// The user a frame from the WAN is addressed to.
+/// The user a frame from the WAN is addressed to: by MAC, or, if that is nobody's, by IP address the user who is not known by
+/// a MAC.
 #[inline(always)]
-fn by_destination(dst: WireMac) -> Result<FoundUser, Outcome> {
+fn by_destination(ctx: &XdpContext, dst: WireMac, headers: &Headers) -> Result<FoundUser, Outcome> {
     let mac = wire_mac_word(dst);
     // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
-    let slot = *unsafe { USER_BY_MAC.get(mac) }.ok_or(Outcome::WanUnknownUser)?;
-    FoundUser::by_mac(slot, mac).ok_or(Outcome::WanUnknownUser)
+    if let Some(slot) = unsafe { USER_BY_MAC.get(mac) } {
+        return FoundUser::by_mac(*slot, mac).ok_or(Outcome::WanUnknownUser);
+    }
+    match receiver(ctx.ctx, headers.l3, headers.ethertype) {
+        UNKNOWN => Err(Outcome::WanUnknownUser),
+        slot => FoundUser::by_mac(slot as u32, 0).ok_or(Outcome::WanUnknownUser),
+    }
 }

@@ -29,12 +29,12 @@ use gateway_ebpf::{
 };
 use handover_api::v1;
 use handover_gateway::{
-    desired::Desired,
+    desired::{Desired, Wiring},
     fuzz::{self, Harness, Random},
     hold::Bounds,
     mac::Mac,
     plane::{Options, Plane, Side, grace_period},
-    table::{ACCESS_PORT, StageAnswer, StageStep, SwitchStep, Table, Write},
+    table::{ACCESS_PORT, KnownBy, StageAnswer, StageStep, SwitchStep, Table, Write},
 };
 use serde::Serialize;
 
@@ -298,16 +298,16 @@ impl Bench {
         })
         .context("the benchmark loads the real programs")?;
         for side in [Side::Access, Side::Wan] {
-            plane.set_port(side, LOOPBACK, 1514)?;
+            plane.set_port(side.port(), LOOPBACK, 1514)?;
         }
         let request = inventory(users);
         let names: Vec<String> = request.users.iter().map(|u| u.name.clone()).collect();
-        let desired = Desired::new(&request, VIRTUAL_ROUTER)?;
+        let desired = Desired::new(&request, &Wiring::single(VIRTUAL_ROUTER))?;
         let (mut table, writes, _) = Table::new(users).configured(&desired)?;
         plane.apply(&writes)?;
         let mut slots = Vec::with_capacity(users as usize);
         for write in &writes {
-            if let Write::AddMac { mac, slot, .. } = *write {
+            if let Write::AddUser { known_by: KnownBy { mac: Some(mac), .. }, slot } = *write {
                 slots.push((mac, slot));
             }
         }
@@ -349,7 +349,8 @@ impl Bench {
     fn update_user_map(&mut self, to: Selector) -> anyhow::Result<()> {
         for (mac, old, new) in &self.users {
             let slot = if to == Selector::A { *old } else { *new };
-            self.plane.index_user(*mac, ACCESS_PORT, slot)?;
+            let known_by = KnownBy { mac: Some(*mac), port: ACCESS_PORT, tag: 0 };
+            self.plane.index_user(known_by, slot)?;
         }
         Ok(())
     }
@@ -385,6 +386,7 @@ fn inventory(users: u32) -> v1::ConfigureRequest {
         vid: Some(vid.into()),
         router_address: "10.255.255.1".into(),
         router_mac: Some(Mac([2, 0, 0, 0, 0x0a, last]).to_string()),
+        ..v1::Network::default()
     };
     let user = |n: u32| {
         let [_, b, c, d] = n.to_be_bytes();
@@ -393,6 +395,7 @@ fn inventory(users: u32) -> v1::ConfigureRequest {
             mac: Mac([0x02, 0, 1, b, c, d]).to_string(),
             addresses: vec![format!("10.{b}.{c}.{d}")],
             network: "old".into(),
+            ..v1::User::default()
         }
     };
     v1::ConfigureRequest {

@@ -16,7 +16,7 @@ use gateway_ebpf::{
 };
 
 use super::{Asked, Ended, Refusal, State, Switch, Table};
-use crate::mac::Mac;
+use crate::{introduce::Asker, mac::Mac};
 
 /// What became of the frames of a hold.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
@@ -57,8 +57,8 @@ pub struct HoldStep {
     pub again: bool,
     /// How many users.
     pub users: usize,
-    /// MAC and first address of one of them, for the marker.
-    pub user: (Mac, Ipv4Addr),
+    /// MAC and IPv4 address of one of them who has both, for the marker.
+    pub user: Option<(Mac, Ipv4Addr)>,
     /// The network they are on.
     pub from: Asked,
 }
@@ -145,8 +145,10 @@ impl Table {
             (Some(hold), State::Staged) if hold.address != address => return differs("held address"),
             (hold, State::Staged) => hold.is_some(),
         };
-        let user = switch.users.first().and_then(|name| self.users.get(name));
-        let user = user.ok_or_else(|| Refusal::NoUsers(migration.into()))?.ask();
+        let user = switch.users.iter().filter_map(|name| self.users.get(name)).find_map(|user| {
+            let Asker { mac, v4, .. } = user.ask();
+            Some((mac?, v4?))
+        });
         let (users, from) = (switch.users.len(), self.asked(&switch.from));
         let switch = self.switches.get_mut(migration).ok_or_else(|| Refusal::NotStaged(migration.into()))?;
         switch.hold.get_or_insert(HoldState { address, release: None, figures: None });

@@ -3,19 +3,28 @@
 
 use std::{
     collections::{BTreeMap, HashSet},
-    net::Ipv4Addr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
 
-use gateway_ebpf::{Link, NETWORKS, Network, Router, SWITCHES, SwitchWord, User, UserWord, words::Selector};
+use gateway_ebpf::{NETWORKS, Network, Router, SWITCHES, SwitchWord, UserWord, words::Selector};
 use handover_api::users;
 use serde::{Deserialize, Serialize};
 
 use super::{
     ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table,
-    UserSpec, UserState, WAN_PORT, Write, slots_for,
+    UserSpec, UserState, Write, slots_for,
 };
 use crate::mac::Mac;
+
+/// A field that is not written when it says nothing; files of earlier daemons have none of those.
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+const fn access_port() -> u16 {
+    ACCESS_PORT
+}
 
 /// Everything that outlives the daemon. Indices that are free are not in it: those that are not used are.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -36,7 +45,16 @@ struct NetworkRecord {
     index: u16,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     vid: Option<u16>,
-    address: Ipv4Addr,
+    #[serde(default, skip_serializing_if = "is_default")]
+    service: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pcp: Option<u8>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address: Option<Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    address6: Option<Ipv6Addr>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     router_mac: Option<Mac>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -47,8 +65,15 @@ struct NetworkRecord {
 #[serde(deny_unknown_fields)]
 struct UserRecord {
     slot: u32,
-    mac: Mac,
-    addresses: Vec<Ipv4Addr>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    mac: Option<Mac>,
+    #[serde(default = "access_port")]
+    port: u16,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    tag: Option<u16>,
+    #[serde(default, skip_serializing_if = "is_default")]
+    guard: bool,
+    addresses: Vec<IpAddr>,
     network: String,
 }
 
@@ -154,7 +179,11 @@ impl Table {
                     let record = NetworkRecord {
                         index: n.index,
                         vid: n.spec.vid,
+                        service: n.spec.service,
+                        pcp: n.spec.pcp,
+                        port: n.spec.port,
                         address: n.spec.address,
+                        address6: n.spec.address6,
                         router_mac: n.spec.router_mac,
                         learned: n.learned,
                     };
@@ -168,6 +197,9 @@ impl Table {
                     let record = UserRecord {
                         slot: u.slot,
                         mac: u.spec.mac,
+                        port: u.spec.port,
+                        tag: u.spec.tag,
+                        guard: u.spec.guard,
                         addresses: u.spec.addresses.clone(),
                         network: u.network.to_string(),
                     };
@@ -227,33 +259,50 @@ impl Table {
         let mut vids = HashSet::new();
         for (name, n) in &snapshot.networks {
             used.take(n.index.into(), name)?;
-            if !vids.insert(n.vid) {
-                let value = n.vid.map_or_else(|| "none".into(), |vid| vid.to_string());
-                return Err(SnapshotError::Twice { what: "VID", value, name: name.clone() });
+            let spec = NetworkSpec {
+                vid: n.vid,
+                service: n.service,
+                pcp: n.pcp,
+                port: n.port,
+                address: n.address,
+                address6: n.address6,
+                router_mac: n.router_mac,
+            };
+            if !vids.insert(spec.tag()) {
+                return Err(SnapshotError::Twice { what: "VID", value: spec.tag_text(), name: name.clone() });
             }
-            let spec = NetworkSpec { vid: n.vid, address: n.address, router_mac: n.router_mac };
-            let state = NetworkState { index: n.index, spec, learned: n.learned };
+            let state = NetworkState { index: n.index, spec, learned: n.learned, changes: 0 };
             table.networks.insert(name.as_str().into(), state);
         }
         table.network_indices = used.indices();
 
         let mut used = Used::new("user", slots_for(max_users));
-        let (mut macs, mut addresses) = (HashSet::new(), HashSet::new());
+        let (mut keys, mut addresses) = (HashSet::new(), HashSet::new());
         for (number, (name, u)) in (1..).zip(&snapshot.users) {
             let slot = if renumber { number } else { u.slot };
             used.take(slot, name)?;
             let twice = |what, value| SnapshotError::Twice { what, value, name: name.clone() };
-            if !macs.insert(u.mac) {
-                return Err(twice("MAC address", u.mac.to_string()));
+            let spec = UserSpec {
+                mac: u.mac,
+                port: u.port,
+                tag: u.tag,
+                guard: u.guard,
+                addresses: u.addresses.clone(),
+            };
+            if !keys.insert(match u.mac {
+                Some(mac) => (Some(mac), 0, None),
+                None => (None, u.port, u.tag),
+            }) {
+                let value = u.mac.map_or_else(|| "of a tag or an interface".into(), |mac| mac.to_string());
+                return Err(twice("MAC address", value));
             }
-            if let Some(address) = u.addresses.iter().find(|a| !addresses.insert(**a)) {
-                return Err(twice("IPv4 address", address.to_string()));
+            if let Some(address) = spec.all_addresses().find(|a| !addresses.insert(*a)) {
+                return Err(twice("address", address.to_string()));
             }
             if u.addresses.is_empty() {
                 return Err(SnapshotError::NoAddress(name.clone()));
             }
             let network = table.known_network("user", name, &u.network)?;
-            let spec = UserSpec { mac: u.mac, addresses: u.addresses.clone() };
             table.users.insert(name.as_str().into(), UserState { slot, spec, network, staged_by: None });
         }
         table.slots = used.indices();
@@ -346,8 +395,9 @@ impl Table {
         }
         for n in self.networks.values_mut() {
             let words = network(n.index);
-            let same =
-                words.link == n.link().0 && words.address == u64::from(Write::address_word(n.spec.address));
+            let same = words.link == n.spec.link().0
+                && words.address == n.spec.address.map_or(0, |a| Write::address_word(a).into())
+                && words.address6 == n.spec.address6.map_or([0, 0], Write::address6_words);
             if same
                 && n.spec.router_mac.is_none()
                 && let Some(mac) = Router(words.router).mac()
@@ -362,11 +412,7 @@ impl Table {
     pub fn contents(&self) -> Vec<Write> {
         let mut writes = Vec::new();
         for n in self.networks.values() {
-            let index = n.index;
-            writes.push(Write::NetworkRouter { index, router: n.router_word() });
-            writes.push(Write::NetworkAddress { index, address: n.spec.address });
-            writes.push(Write::NetworkLink { index, link: n.link() });
-            writes.push(Write::Vid { vid: n.spec.vid.unwrap_or(0), index });
+            writes.extend(n.writes());
         }
         for s in self.switches.values() {
             if s.state != State::Staging {
@@ -386,23 +432,34 @@ impl Table {
                 _ => UserWord::resting(self.networks[&u.network].index),
             };
             writes.push(Write::UserWord { slot, word });
-            let identity = User::identity(u.spec.mac.word(), ACCESS_PORT);
-            writes.push(Write::UserIdentity { slot, identity });
-            writes.push(Write::AddMac { mac: u.spec.mac, port: ACCESS_PORT, slot });
-            writes.extend(u.spec.addresses.iter().map(|&address| Write::AddAddress { address, slot }));
+            writes.extend(u.writes());
         }
         writes
     }
 }
 
-impl NetworkState {
-    const fn link(&self) -> Link {
-        Link::new(
-            match self.spec.vid {
-                Some(vid) => vid,
-                None => 0,
-            },
-            WAN_PORT,
-        )
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test ends there")]
+
+    use super::*;
+
+    #[test]
+    fn what_the_first_format_said_still_means_the_same() {
+        let text = r#"{"revision": 3, "generation": 1,
+            "networks": {"net1": {"index": 1, "vid": 7, "address": "10.1.0.1", "learned": "02:00:00:00:0a:01"}},
+            "users": {"taro": {"slot": 2, "mac": "02:00:00:00:01:01", "addresses": ["10.1.0.100"], "network": "net1"}},
+            "switches": {}, "past": []}"#;
+        let table = Table::restore(&serde_json::from_str(text).unwrap(), 4, false).unwrap();
+        let network = table.networks().next().unwrap();
+        assert_eq!(
+            (network.spec.tag(), network.spec.port, network.spec.address6),
+            (7, super::super::WAN_PORT, None)
+        );
+        let user = table.users().next().unwrap().spec.clone();
+        assert_eq!((user.mac, user.port, user.tag), (Some(Mac([2, 0, 0, 0, 1, 1])), ACCESS_PORT, None));
+        // and a file of this daemon says no more than it has to
+        let again: serde_json::Value = serde_json::to_value(table.snapshot()).unwrap();
+        assert_eq!(again["networks"]["net1"].get("service"), None);
     }
 }

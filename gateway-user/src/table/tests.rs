@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use handover_api::v1;
 
 use super::*;
+use crate::desired::Wiring;
 
 const VIRTUAL: Mac = Mac([2, 0x48, 0x4f, 0, 0, 1]);
 
@@ -14,7 +15,7 @@ struct Maps {
     words: HashMap<u32, u64>,
     switches: HashMap<u16, u64>,
     macs: HashMap<Mac, u32>,
-    addresses: HashMap<Ipv4Addr, u32>,
+    addresses: HashMap<IpAddr, u32>,
     links: HashMap<u16, u64>,
     routers: HashMap<u16, u64>,
     vids: HashMap<u16, u16>,
@@ -27,12 +28,13 @@ impl Maps {
                 Write::UserWord { slot, word } => {
                     self.words.insert(slot, word.0);
                 }
-                Write::UserIdentity { .. } | Write::NetworkAddress { .. } => {}
-                Write::AddMac { mac, slot, .. } => {
+                Write::UserIdentity { .. } | Write::UserAccess { .. } | Write::NetworkAddress { .. } => {}
+                Write::AddUser { known_by, slot } => {
+                    let mac = known_by.mac.unwrap();
                     assert_eq!(self.macs.insert(mac, slot), None, "{mac} is given twice on the way");
                 }
-                Write::RemoveMac { mac, .. } => {
-                    self.macs.remove(&mac);
+                Write::RemoveUser { known_by } => {
+                    self.macs.remove(&known_by.mac.unwrap());
                 }
                 Write::AddAddress { address, slot } => {
                     assert_eq!(
@@ -53,8 +55,8 @@ impl Maps {
                 Write::NetworkLink { index, link } => {
                     self.links.insert(index, link.0);
                 }
-                Write::Vid { vid, index } => {
-                    self.vids.insert(vid, index);
+                Write::Vid { tag, index } => {
+                    self.vids.insert(tag, index);
                 }
             }
         }
@@ -85,6 +87,7 @@ fn user(name: &str, n: u8, network: &str) -> v1::User {
         mac: Mac([2, 0, 0, 0, 1, n]).to_string(),
         addresses: vec![format!("10.1.0.{}", 100 + n)],
         network: network.into(),
+        ..v1::User::default()
     }
 }
 
@@ -93,7 +96,7 @@ fn inventory() -> v1::ConfigureRequest {
         name: name.into(),
         vid: Some(vid),
         router_address: router.into(),
-        router_mac: None,
+        ..v1::Network::default()
     };
     v1::ConfigureRequest {
         revision: 5,
@@ -123,7 +126,8 @@ impl World {
     }
 
     fn configure(&mut self, request: &v1::ConfigureRequest) -> Result<(), Refusal> {
-        let (table, writes, retired) = self.table.configured(&Desired::new(request, VIRTUAL).unwrap())?;
+        let (table, writes, retired) =
+            self.table.configured(&Desired::new(request, &Wiring::single(VIRTUAL)).unwrap())?;
         self.maps.apply(&writes);
         self.table = table;
         self.table.reuse(retired);
@@ -195,7 +199,14 @@ impl World {
                 let word = SwitchWord(self.maps.switches.get(&index).copied().unwrap_or(0));
                 (word, SwitchAnswer { window_ns: 7, store_latency_ns: 8 }, V)
             },
-            |_| gateway_ebpf::Network { router: 0, link: 0, address: 0 },
+            |_| gateway_ebpf::Network {
+                router: 0,
+                link: 0,
+                address: 0,
+                ifindex: 0,
+                address6: [0; 2],
+                spare: [0; 2],
+            },
         );
         let mut maps = Maps::default();
         maps.apply(&table.contents());
@@ -323,7 +334,7 @@ fn indices_that_are_in_use_are_not_given_again_after_a_restart() {
         name: "net5".into(),
         vid: Some(5),
         router_address: "10.1.0.1".into(),
-        router_mac: None,
+        ..v1::Network::default()
     });
     world.configure(&request).unwrap();
     let distinct = |mut all: Vec<u32>| {
@@ -375,7 +386,12 @@ fn staging_moves_nobody_and_says_so() {
     let (world, _) = in_state("staged");
     let seen = |world: &World, nth: usize| {
         let user = world.table.users().nth(nth).unwrap();
-        (user.name.to_string(), user.spec.mac, user.network.to_string(), user.staged_by.map(str::to_string))
+        (
+            user.name.to_string(),
+            user.spec.mac.unwrap(),
+            user.network.to_string(),
+            user.staged_by.map(str::to_string),
+        )
     };
     let is = |name: &str, mac, network: &str, by: Option<&str>| {
         (name.to_string(), mac, network.to_string(), by.map(str::to_string))
@@ -432,8 +448,8 @@ fn what_cannot_be_staged_is_named() {
         (&["jiro"], "net1", "net3", Refusal::Elsewhere { user: "jiro".into(), on: "net2".into(), from: "net1".into() }),
         (&["taro"], "net1", "net3", Refusal::StagedByOther { user: "taro".into(), by: "m".into() }),
         (&["jiro"], "net2", "else", Refusal::OtherRouter {
-            from: "net2".into(), from_address: Ipv4Addr::new(10, 1, 0, 1),
-            to: "else".into(), to_address: Ipv4Addr::new(10, 9, 0, 1),
+            from: "net2".into(), from_address: "10.1.0.1".into(),
+            to: "else".into(), to_address: "10.9.0.1".into(),
         }),
     ];
     for (users, from, to, refusal) in cases {
@@ -535,7 +551,7 @@ fn users_can_swap_addresses() {
     std::mem::swap(&mut first[0].addresses, &mut rest[0].addresses);
     world.configure(&request).unwrap();
     assert_eq!(world.vids(), [2, 1, 1], "taro and jiro have each other's MAC");
-    assert_eq!(world.maps.addresses.len(), 3);
+    assert_eq!(world.maps.addresses.len(), 6, "one each, and one each made of the MAC");
 }
 
 #[test]
@@ -558,14 +574,25 @@ fn there_is_room_for_as_many_users_as_configured_even_if_all_are_replaced() {
 #[test]
 fn routers_are_learned_unless_configured() {
     let mut world = World::new();
-    let r = Ipv4Addr::new(10, 1, 0, 1);
+    let r = IpAddr::from([10, 1, 0, 1]);
     let router = Mac([2, 0, 0, 0, 0x0a, 1]);
     assert_eq!(world.table.routers(false).len(), 2, "of networks with users");
-    assert_eq!(world.table.heard(9, r, router), None);
-    assert_eq!(world.table.heard(1, Ipv4Addr::new(10, 1, 0, 9), router), None);
-    let (index, write) = world.table.heard(1, r, router).unwrap();
-    assert_eq!(write, Some(Write::NetworkRouter { index, router: Router::at(router.word()) }));
-    assert_eq!(world.table.heard(1, r, router), Some((index, None)), "no news");
+    let index = world.table.network("net1").unwrap().index;
+    assert_eq!(world.table.heard((WAN_PORT, 9), r, router), None);
+    assert_eq!(world.table.heard((WAN_PORT + 2, 1), r, router), None, "on another interface");
+    assert_eq!(world.table.heard((WAN_PORT, 4096 + 1), r, router), None, "in a service tag");
+    assert_eq!(world.table.heard((WAN_PORT, 1), IpAddr::from([10, 1, 0, 9]), router), None);
+    let changes = |world: &World| world.table.networks().map(|n| n.changes).sum::<u64>();
+    let learned = |router: Mac| Some(Write::NetworkRouter { index, router: Router::at(router.word()) });
+    let news = world.table.heard((WAN_PORT, 1), r, router);
+    assert_eq!(news, Some(Learned { before: None, write: learned(router) }));
+    let no_news = Some(Learned { before: Some(router), write: None });
+    assert_eq!(world.table.heard((WAN_PORT, 1), r, router), no_news);
+    assert_eq!(changes(&world), 0, "it is the first");
+    let other = Mac([2, 0, 0, 0, 0x0a, 7]);
+    let changed = Some(Learned { before: Some(router), write: learned(other) });
+    assert_eq!(world.table.heard((WAN_PORT, 1), r, other), changed);
+    assert_eq!(changes(&world), 1);
     assert_eq!(world.table.routers(false).len(), 1);
 
     let configured = Mac([2, 0, 0, 0, 0x0a, 9]);
@@ -573,7 +600,8 @@ fn routers_are_learned_unless_configured() {
     request.networks[0].router_mac = Some(configured.to_string());
     world.configure(&request).unwrap();
     assert_eq!(world.maps.routers[&index], Router::at(configured.word()).0);
-    assert_eq!(world.table.heard(1, r, router), Some((index, None)));
+    let kept = Some(Learned { before: Some(configured), write: None });
+    assert_eq!(world.table.heard((WAN_PORT, 1), r, router), kept);
 
     // what was learned of a network is forgotten with its VID
     let mut request = inventory();
@@ -597,7 +625,7 @@ const FIGURES: HoldFigures = HoldFigures {
 impl World {
     fn hold(&mut self, staged: StageAnswer, address: Ipv4Addr) -> Result<bool, Refusal> {
         let step = self.table.hold("m", staged.switch.into(), staged.generation, address)?;
-        assert_eq!((step.index, step.users, step.user.0), (staged.switch, 2, HANAKO));
+        assert_eq!((step.index, step.users, step.user.unwrap().0), (staged.switch, 2, HANAKO));
         assert_eq!((step.word.selector(), step.word.phase()), (Selector::A, Phase::Hold));
         if !step.again {
             self.maps.apply(&[Write::Switch { index: step.index, word: step.word }]);

@@ -8,7 +8,7 @@ use aya::programs::{TestRun as _, TestRunOptions};
 use gateway_ebpf::Outcome;
 use handover_api::v1;
 use handover_gateway::{
-    desired::Desired,
+    desired::{Desired, Wiring},
     hold::Bounds,
     mac::Mac,
     plane::{Options, Plane, Side},
@@ -55,11 +55,18 @@ pub fn network(name: &str, vid: Option<u32>, router: Option<Mac>) -> v1::Network
         vid,
         router_address: "10.1.0.1".into(),
         router_mac: router.map(|m| m.to_string()),
+        ..v1::Network::default()
     }
 }
 
 pub fn user(name: &str, mac: Mac, ip: &str, network: &str) -> v1::User {
-    v1::User { name: name.into(), mac: mac.to_string(), addresses: vec![ip.into()], network: network.into() }
+    v1::User {
+        name: name.into(),
+        mac: mac.to_string(),
+        addresses: vec![ip.into()],
+        network: network.into(),
+        ..v1::User::default()
+    }
 }
 
 /// net1 (VID 1) with taro, net2 (VID 2) with hanako, flat (untagged) with jiro; net3 (VID 3) whose router is not known.
@@ -89,7 +96,7 @@ impl Rig {
         let mut plane = Plane::load(&Options { max_users, virtual_router_mac: VIRTUAL, hold })
             .expect("these tests need root");
         for side in [Side::Access, Side::Wan] {
-            plane.set_port(side, LOOPBACK, 1514).unwrap();
+            plane.set_port(side.port(), LOOPBACK, 1514).unwrap();
         }
         Self { table: Table::new(max_users), plane }
     }
@@ -101,7 +108,7 @@ impl Rig {
     }
 
     pub fn configure(&mut self, request: &v1::ConfigureRequest) {
-        let desired = Desired::new(request, VIRTUAL).unwrap();
+        let desired = Desired::new(request, &Wiring::single(VIRTUAL)).unwrap();
         let (table, writes, _retired) = self.table.configured(&desired).unwrap();
         self.plane.apply(&writes).unwrap();
         self.table = table;

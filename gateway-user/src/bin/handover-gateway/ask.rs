@@ -163,7 +163,8 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
             .iter()
             .map(|u| {
                 json!({
-                    "name": u.name, "mac": u.mac, "addresses": u.addresses, "network": u.network,
+                    "name": u.name, "mac": given(&u.mac), "interface": u.interface, "tag": u.tag,
+                    "guard": u.guard, "addresses": u.addresses, "network": u.network,
                     "staged_by": given(&u.staged_by),
                 })
             })
@@ -173,8 +174,10 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
             .iter()
             .map(|n| {
                 json!({
-                    "name": n.name, "vid": n.vid, "router_address": n.router_address,
-                    "router_mac": given(&n.router_mac),
+                    "name": n.name, "vid": n.vid, "tpid": n.vid.map(|_| tpid_text(n.tpid)), "pcp": n.pcp,
+                    "wan": n.wan, "router_address": given(&n.router_address),
+                    "router_address6": given(&n.router_address6), "router_mac": given(&n.router_mac),
+                    "router_changes": n.router_changes,
                 })
             })
             .collect(),
@@ -237,23 +240,33 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
         What::Users => {
             let row = |u: &v1::UserStatus| {
                 let staged = given(&u.staged_by).unwrap_or("-").to_string();
-                vec![u.name.clone(), u.network.clone(), u.mac.clone(), u.addresses.join(" "), staged]
+                let mac = given(&u.mac).unwrap_or("any").to_string();
+                let tag = u.tag.map_or_else(|| "-".into(), |tag| tag.to_string());
+                let guard = if u.guard { "guarded" } else { "-" }.to_string();
+                let (name, network, interface) = (u.name.clone(), u.network.clone(), u.interface.clone());
+                vec![name, network, mac, interface, tag, u.addresses.join(" "), guard, staged]
             };
             lines(
-                &["USER", "NETWORK", "MAC", "ADDRESSES", "STAGED BY"],
-                &[],
+                &["USER", "NETWORK", "MAC", "INTERFACE", "TAG", "ADDRESSES", "GUARD", "STAGED BY"],
+                &[4],
                 status.users.iter().map(row).collect(),
             )
         }
         What::Networks => {
             let row = |n: &v1::NetworkStatus| {
                 let vid = n.vid.map_or_else(|| "untagged".into(), |vid| vid.to_string());
+                let tpid = n.vid.map_or_else(|| "-".into(), |_| tpid_text(n.tpid));
+                let pcp = n.pcp.map_or_else(|| "kept".into(), |pcp| pcp.to_string());
                 let mac = given(&n.router_mac).unwrap_or("not known").to_string();
-                vec![n.name.clone(), vid, n.router_address.clone(), mac]
+                let routers = [&n.router_address, &n.router_address6];
+                let routers = routers.map(|a| given(a).map(str::to_owned)).into_iter().flatten();
+                let routers = routers.collect::<Vec<_>>().join(" ");
+                let changes = n.router_changes.to_string();
+                vec![n.name.clone(), vid, tpid, pcp, n.wan.clone(), routers, mac, changes]
             };
             lines(
-                &["NETWORK", "VID", "ROUTER", "ROUTER MAC"],
-                &[1],
+                &["NETWORK", "VID", "TPID", "PCP", "WAN", "ROUTER", "ROUTER MAC", "CHANGES"],
+                &[1, 7],
                 status.networks.iter().map(row).collect(),
             )
         }
@@ -278,6 +291,10 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
             )
         }
     }
+}
+
+fn tpid_text(tpid: u32) -> String {
+    format!("{tpid:#06x}")
 }
 
 /// Columns that line up; those in `right` to the right.

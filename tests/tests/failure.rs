@@ -55,6 +55,14 @@ impl Trouble {
         migration
     }
 
+    /// The same; returns when the freezer holds the process, CRIU has dumped it, and the copy is still to be restored.
+    fn migrate_until_dumped(&mut self) -> Migration {
+        let migration = self.migrate_until_frozen();
+        let daemon = self.play.topology.daemon("main-server").unwrap();
+        daemon.wait_for("step=\"freezer\"", SOON).unwrap();
+        migration
+    }
+
     /// Demands exit code 3, the step and the reason, and that nothing else has changed.
     fn rolled_back(&mut self, migration: Migration, step: &str, reasons: &[&str]) {
         let ending = migration.wait().unwrap();
@@ -84,7 +92,8 @@ impl Trouble {
         assert!(left.is_empty(), "{}\n{}", left.join("\n"), self.play.topology.logs());
         let moved = self.play.migrate(Site::Backup, |_| {}).unwrap();
         if let Err(e) = moved.check(Site::Backup) {
-            panic!("{e:#}\n{:?}\n{}", moved.ending, self.play.topology.logs());
+            let shown = self.play.topology.handover(["sessions", "show", "film-2"]).unwrap();
+            panic!("{e:#}\n{}\n{:?}\n{}", shown.stdout, moved.ending, self.play.topology.logs());
         }
         assert!(self.play.client.finish().unwrap().unharmed());
     }
@@ -110,6 +119,8 @@ fn the_migration_network_is_cut_while_the_image_is_copied() {
     trouble.host("backup-server").ip("link set mig0 down").unwrap();
     trouble.rolled_back(migration, "copy", &["backup-server"]);
     trouble.host("backup-server").ip("link set mig0 up").unwrap();
+    // the source asked for its neighbour while the link was down, and remembers for a while that there was no answer
+    trouble.host("main-server").ip("neigh flush dev mig0").unwrap();
     trouble.nothing_is_left();
 }
 
@@ -127,7 +138,7 @@ fn the_gateway_cannot_be_reached_at_the_switch() {
 #[test]
 fn criu_is_killed_while_the_process_is_frozen() {
     let mut trouble = Trouble::new();
-    let migration = trouble.migrate_until_frozen();
+    let migration = trouble.migrate_until_dumped();
     let main = trouble.host("main-server");
     let swrk: Vec<i32> = main
         .processes()
@@ -147,7 +158,7 @@ fn criu_is_killed_while_the_process_is_frozen() {
 #[test]
 fn the_migrator_is_killed_while_the_process_is_frozen() {
     let mut trouble = Trouble::new();
-    let migration = trouble.migrate_until_frozen();
+    let migration = trouble.migrate_until_dumped();
     let daemon = trouble.play.topology.daemon("main-server").unwrap();
     daemon.process.signal(Signal::SIGKILL).unwrap();
     daemon.process.wait_timeout(SOON).unwrap();

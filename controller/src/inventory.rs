@@ -1,14 +1,14 @@
 //! What an operator declares: networks, sites, servers, gateways, users, services; TOML, parsed and validated without
 //! I/O. Where services and users *are* is state and not in here (see [`crate::world`]).
 //!
-//! Invariants of an [`Inventory`]: every reference leads somewhere; no two users share a MAC or an address; every VID is
-//! 1 to 4094 and used once; every service has a server at its home. All problems of a file are reported at once, each
+//! Invariants of an [`Inventory`]: every reference leads somewhere; no two users share what they are known by, or an
+//! address; every VID is 1 to 4094 and used once for each kind of tag; every service has a server at its home. All problems of a file are reported at once, each
 //! with its line, the thing, the value and the way out.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt,
-    net::Ipv4Addr,
+    net::{Ipv4Addr, Ipv6Addr},
 };
 
 use serde::{Deserialize, Serialize};
@@ -17,12 +17,33 @@ use toml::Spanned;
 /// A network of users: one VLAN of the provider.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Network {
-    /// 802.1Q VLAN identifier; `None`: untagged.
+    /// VLAN identifier; `None`: untagged.
     pub vid: Option<u16>,
+    /// The kind of its tag.
+    #[serde(default)]
+    pub tpid: Tpid,
+    /// Priority of frames into it; `None`: as they came.
+    #[serde(default)]
+    pub pcp: Option<u8>,
     /// The site router's address r.
     pub router_address: Ipv4Addr,
+    /// The site router's link-local IPv6 address; `None`: IPv4 only.
+    #[serde(default)]
+    pub router_address6: Option<Ipv6Addr>,
     /// The site router's MAC; `None`: learned.
     pub router_mac: Option<String>,
+}
+
+/// The kind of a network's tag (IEEE 802.1Q, table 9-1).
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Tpid {
+    /// 0x8100.
+    #[default]
+    #[serde(rename = "802.1q")]
+    Customer,
+    /// 0x88a8: a user's own tag is kept behind it.
+    #[serde(rename = "802.1ad")]
+    Service,
 }
 
 /// A site.
@@ -55,10 +76,19 @@ pub struct Gateway {
 pub struct User {
     /// The gateway it is connected through.
     pub gateway: String,
-    /// Its MAC, lower case.
+    /// Its MAC, lower case; empty: it is all that comes in under its tag, or on the interface.
     pub mac: String,
-    /// Its addresses.
+    /// VID of the tag under which the access side delivers it.
+    #[serde(default)]
+    pub tag: Option<u16>,
+    /// Frames from other addresses than its own are dropped.
+    #[serde(default)]
+    pub guard: bool,
+    /// Its IPv4 addresses.
     pub addresses: Vec<Ipv4Addr>,
+    /// Its IPv6 addresses; the link-local one that hosts make of a MAC need not be given.
+    #[serde(default)]
+    pub addresses6: Vec<Ipv6Addr>,
     /// The site whose network it is on at first.
     pub home: String,
 }
@@ -180,7 +210,10 @@ type Text = Spanned<String>;
 struct RawNetwork {
     name: Text,
     vid: Option<Spanned<toml::Value>>,
+    tpid: Option<Text>,
+    pcp: Option<Spanned<i64>>,
     router_address: Text,
+    router_address6: Option<Text>,
     router_mac: Option<Text>,
 }
 
@@ -212,8 +245,13 @@ struct RawGateway {
 struct RawUser {
     name: Text,
     gateway: Text,
-    mac: Text,
+    mac: Option<Text>,
+    tag: Option<Spanned<toml::Value>>,
+    #[serde(default)]
+    guard: bool,
     addresses: Spanned<Vec<Text>>,
+    #[serde(default)]
+    addresses6: Vec<Text>,
     home: Text,
 }
 
@@ -342,23 +380,79 @@ impl Checker<'_> {
         n.clone()
     }
 
-    fn vid(&mut self, whose: &str, at: &Spanned<toml::Value>) -> Option<u16> {
-        let way_out = "use 1 to 4094, or leave vid out for an untagged network";
+    fn address6(&mut self, whose: &str, key: &str, at: &Text, link_local: bool) -> Option<Ipv6Addr> {
+        let n = at.get_ref();
+        let wanted = |a: &Ipv6Addr| {
+            let unicast = !a.is_unspecified() && !a.is_multicast() && !a.is_loopback();
+            unicast && (!link_local || a.is_unicast_link_local())
+        };
+        let address = n.parse().ok().filter(wanted);
+        if address.is_none() {
+            let what = if link_local {
+                "link-local IPv6 address; write it like fe80::1"
+            } else {
+                "unicast IPv6 address; write it like 2001:db8::7"
+            };
+            self.problem(at, format!("{whose}: {key} = \"{n}\" is no {what}, without a prefix length"));
+        }
+        address
+    }
+
+    /// The tag of a network or, as `key`, of a user's access; `without` says what leaving it out means.
+    fn vid(&mut self, whose: &str, key: &str, without: &str, at: &Spanned<toml::Value>) -> Option<u16> {
+        let way_out = format!("use 1 to 4094, or leave {key} out for {without}");
         match at.get_ref() {
             toml::Value::Integer(n @ 1..=4094) => u16::try_from(*n).ok(),
             toml::Value::Integer(n @ (0 | 4095)) => {
-                self.problem(at, format!("{whose}: vid = {n} is reserved by 802.1Q; {way_out}"));
+                self.problem(at, format!("{whose}: {key} = {n} is reserved by 802.1Q; {way_out}"));
                 None
             }
             toml::Value::Integer(n) => {
-                self.problem(at, format!("{whose}: vid = {n} is no VLAN identifier; {way_out}"));
+                self.problem(at, format!("{whose}: {key} = {n} is no VLAN identifier; {way_out}"));
                 None
             }
             other => {
-                self.problem(at, format!("{whose}: vid = {other} is not a number; {way_out}"));
+                self.problem(at, format!("{whose}: {key} = {other} is not a number; {way_out}"));
                 None
             }
         }
+    }
+}
+
+impl Checker<'_> {
+    fn tpid(&mut self, whose: &str, at: &Text, tagged: bool) -> Tpid {
+        let n = at.get_ref();
+        if !tagged {
+            self.problem(
+                at,
+                format!(
+                    "{whose}: tpid = \"{n}\", but the network has no tag; give it a vid or leave tpid out"
+                ),
+            );
+        }
+        match n.as_str() {
+            "802.1q" => Tpid::Customer,
+            "802.1ad" => Tpid::Service,
+            _ => {
+                self.problem(
+                    at,
+                    format!("{whose}: tpid = \"{n}\" is no kind of tag; use \"802.1q\" or \"802.1ad\""),
+                );
+                Tpid::Customer
+            }
+        }
+    }
+
+    fn pcp(&mut self, whose: &str, at: &Spanned<i64>, tagged: bool) -> Option<u8> {
+        let n = *at.get_ref();
+        if !tagged {
+            self.problem(at, format!("{whose}: pcp = {n}, but the network has no tag to carry it; give it a vid or leave pcp out"));
+        }
+        let pcp = u8::try_from(n).ok().filter(|n| *n <= 7);
+        if pcp.is_none() {
+            self.problem(at, format!("{whose}: pcp = {n} is no priority; use 0 to 7, or leave pcp out to keep that of each frame"));
+        }
+        pcp
     }
 }
 
@@ -402,19 +496,26 @@ pub fn parse(text: &str) -> Result<Inventory, InventoryError> {
     let mut inv = Inventory::default();
     let mut endpoints = BTreeMap::new();
 
-    let mut vids: BTreeMap<Option<u16>, String> = BTreeMap::new();
+    let mut vids: BTreeMap<Option<(Tpid, u16)>, String> = BTreeMap::new();
     for n in &raw.network {
         let whose = format!("network {}", n.name.get_ref());
         let before = c.problems.len();
-        let vid = n.vid.as_ref().and_then(|v| c.vid(&whose, v));
+        let vid = n.vid.as_ref().and_then(|v| c.vid(&whose, "vid", "an untagged network", v));
+        let tpid = n.tpid.as_ref().map_or(Tpid::Customer, |t| c.tpid(&whose, t, n.vid.is_some()));
         if c.problems.len() == before
-            && let Some(other) = vids.insert(vid, n.name.get_ref().clone())
+            && let Some(other) = vids.insert(vid.map(|vid| (tpid, vid)), n.name.get_ref().clone())
         {
             let what = vid.map_or("is untagged".to_owned(), |v| format!("has vid = {v}"));
             c.problem(&n.name, format!("{whose} {what}, and so has network {other}; give each its own VID"));
         }
         let network = Network {
             vid,
+            tpid,
+            pcp: n.pcp.as_ref().and_then(|p| c.pcp(&whose, p, n.vid.is_some())),
+            router_address6: n
+                .router_address6
+                .as_ref()
+                .and_then(|a| c.address6(&whose, "router_address6", a, true)),
             router_address: c.address(&whose, "router_address", &n.router_address),
             router_mac: n.router_mac.as_ref().map(|m| c.mac(&whose, "router_mac", m)),
         };
@@ -453,17 +554,31 @@ pub fn parse(text: &str) -> Result<Inventory, InventoryError> {
 
 fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
     let mut macs: BTreeMap<String, String> = BTreeMap::new();
+    // those without a MAC: gateway and tag
+    let mut whole: BTreeMap<(String, Option<u16>), String> = BTreeMap::new();
     let mut addresses: BTreeMap<Ipv4Addr, String> = BTreeMap::new();
+    let mut addresses6: BTreeMap<Ipv6Addr, String> = BTreeMap::new();
     for u in raw {
         let name = u.name.get_ref();
         let whose = format!("user {name}");
         c.reference(&whose, "gateway", "gateway", &u.gateway, &inv.gateways);
         c.reference(&whose, "home", "site", &u.home, &inv.sites);
-        let mac = c.mac(&whose, "mac", &u.mac);
-        if let Some(other) = macs.insert(mac.clone(), name.clone()) {
+        let tag = u.tag.as_ref().and_then(|t| c.vid(&whose, "tag", "an untagged user", t));
+        let mac = u.mac.as_ref().map(|m| c.mac(&whose, "mac", m)).unwrap_or_default();
+        if let Some(at) = &u.mac {
+            if let Some(other) = macs.insert(mac.clone(), name.clone()) {
+                c.problem(
+                    at,
+                    format!(
+                        "{whose}: mac = \"{mac}\" is also that of user {other}; a MAC stands for one user"
+                    ),
+                );
+            }
+        } else if let Some(other) = whole.insert((u.gateway.get_ref().clone(), tag), name.clone()) {
+            let what = tag.map_or("without tag".to_owned(), |t| format!("under tag {t}"));
             c.problem(
-                &u.mac,
-                format!("{whose}: mac = \"{mac}\" is also that of user {other}; a MAC stands for one user"),
+                &u.name,
+                format!("{whose} is all that comes in at gateway {} {what}, and so is user {other}; give one of them a mac or another tag", u.gateway.get_ref()),
             );
         }
         if u.addresses.get_ref().is_empty() {
@@ -495,10 +610,24 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
             }
             own.push(address);
         }
+        let mut own6 = Vec::new();
+        for a in &u.addresses6 {
+            let Some(address) = c.address6(&whose, "addresses6", a, false) else { continue };
+            if let Some(other) = addresses6.insert(address, name.clone()) {
+                c.problem(
+                    a,
+                    format!("{whose}: address {address} is also that of user {other}; an address stands for one user"),
+                );
+            }
+            own6.push(address);
+        }
         let user = User {
             gateway: u.gateway.get_ref().clone(),
             mac,
+            tag,
+            guard: u.guard,
             addresses: own,
+            addresses6: own6,
             home: u.home.get_ref().clone(),
         };
         c.insert("user", &u.name, user, &mut inv.users);

@@ -57,6 +57,7 @@ fn config(host: &Host, control: &str, migration: &str, pki: &Path, lease: u64) -
          state_dir = \"/var/lib/handover-migrator\"\nimage_dir = \"/run/handover-migrator\"\ncriu = \"{}\"\n\
          cgroup = \"{}\"\nvote_lease_seconds = {lease}\n\
          [[service]]\nname = \"film\"\naddress = \"{V}\"\n\
+         [[service]]\nname = \"elsewhere\"\naddress = \"203.0.113.11\"\n\
          [tls]\nca = \"{pki}/ca.pem\"\ncert = \"{pki}/migrator-{name}.pem\"\nkey = \"{pki}/migrator-{name}.key\"\n",
         criu.display(),
         host.cgroup().join("handover").display(),
@@ -693,10 +694,19 @@ fn preflight_names_what_is_wrong() {
         ensure!(source(&|r| r.user_addresses.clear())? == ["other-peers"]);
         ensure!(
             source(&|r| if let Some(s) = r.service.as_mut() {
-                s.address = "203.0.113.11".into()
+                (s.name, s.address) = ("elsewhere".into(), "203.0.113.11".into());
             })?
             .contains(&"address-absent".into())
         );
+        refused(
+            w.preflight_source(|r| {
+                if let Some(s) = r.service.as_mut() {
+                    s.address = "203.0.113.11".into();
+                }
+            }),
+            Code::PermissionDenied,
+            "service film: its address is 203.0.113.10 here, not 203.0.113.11",
+        )?;
         ensure!(
             source(&|r| if let Some(s) = r.destination.as_mut() {
                 s.name = "c".into()

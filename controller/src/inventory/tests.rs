@@ -83,7 +83,7 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         "vid = 2",
         "vlan = 2",
-        "line 7: unknown field `vlan`, expected one of `name`, `vid`, `router_address`, `router_mac`",
+        "line 7: unknown field `vlan`, expected one of `name`, `vid`, `tpid`, `pcp`, `router_address`, `router_address6`, `router_mac`",
     ),
     ("vid = 2", "vid = ", "line 7: "),
     (
@@ -320,4 +320,98 @@ fn differences_are_one_line_each() {
         ]
     );
     assert_eq!(diff(&Inventory::default(), &old).len(), 9);
+}
+
+/// Everything a network and a user can say beyond the lab's.
+const MORE: &str = r#"[[network]]
+name = "carrier"
+vid = 1
+tpid = "802.1ad"
+pcp = 5
+router_address = "10.1.0.1"
+router_address6 = "fe80::1"
+[[user]]
+name = "hanako"
+gateway = "gw"
+tag = 7
+guard = true
+addresses = ["10.1.0.101"]
+addresses6 = ["2001:db8::7"]
+home = "main"
+"#;
+
+#[test]
+fn a_network_can_have_a_service_tag_and_a_user_be_known_by_a_tag() {
+    // the same VID under another kind of tag is another network
+    let inv = parse(&format!("{LAB}{MORE}")).unwrap();
+    let carrier = &inv.networks["carrier"];
+    assert_eq!((carrier.vid, carrier.tpid, carrier.pcp), (Some(1), Tpid::Service, Some(5)));
+    assert_eq!(carrier.router_address6, "fe80::1".parse().ok());
+    let hanako = &inv.users["hanako"];
+    assert_eq!((hanako.mac.as_str(), hanako.tag, hanako.guard), ("", Some(7), true));
+    assert_eq!(hanako.addresses6, ["2001:db8::7".parse::<Ipv6Addr>().unwrap()]);
+
+    for (what, by, want) in [
+        (
+            "\"802.1ad\"",
+            "\"qinq\"",
+            "network carrier: tpid = \"qinq\" is no kind of tag; use \"802.1q\" or \"802.1ad\"",
+        ),
+        (
+            "vid = 1\n",
+            "",
+            "network carrier: tpid = \"802.1ad\", but the network has no tag; give it a vid or leave tpid out",
+        ),
+        (
+            "\"802.1ad\"",
+            "\"802.1q\"",
+            "network carrier has vid = 1, and so has network net1; give each its own VID",
+        ),
+        ("pcp = 5", "pcp = 8", "network carrier: pcp = 8 is no priority; use 0 to 7, or leave pcp out"),
+        (
+            "\"fe80::1\"",
+            "\"2001:db8::1\"",
+            "router_address6 = \"2001:db8::1\" is no link-local IPv6 address; write it like fe80::1",
+        ),
+        (
+            "tag = 7",
+            "tag = 4095",
+            "user hanako: tag = 4095 is reserved by 802.1Q; use 1 to 4094, or leave tag out for an untagged user",
+        ),
+        (
+            "\"2001:db8::7\"",
+            "\"ff02::1\"",
+            "user hanako: addresses6 = \"ff02::1\" is no unicast IPv6 address",
+        ),
+    ] {
+        let found = parse(&format!("{LAB}{}", MORE.replacen(what, by, 1))).unwrap_err().to_string();
+        assert!(found.contains(want), "{what} -> {by}: {found}");
+    }
+
+    let third = MORE[MORE.find("[[user]]").unwrap()..]
+        .replace("hanako", "jiro")
+        .replace("10.1.0.101", "10.1.0.102")
+        .replace("db8::7", "db8::8");
+    let found = parse(&format!("{LAB}{MORE}{third}")).unwrap_err().to_string();
+    assert!(
+        found.contains("user jiro is all that comes in at gateway gw under tag 7, and so is user hanako"),
+        "{found}"
+    );
+    assert!(parse(&format!("{LAB}{MORE}{}", third.replace("tag = 7", "tag = 8"))).is_ok());
+}
+
+#[test]
+fn an_inventory_written_before_these_keys_is_read() {
+    let inv = parse(LAB).unwrap();
+    let mut old = serde_json::to_value(&inv).unwrap();
+    for (kind, keys) in
+        [("networks", ["tpid", "pcp", "router_address6"]), ("users", ["tag", "guard", "addresses6"])]
+    {
+        for thing in old[kind].as_object_mut().unwrap().values_mut() {
+            for key in keys {
+                assert!(thing.as_object_mut().unwrap().remove(key).is_some(), "{kind}: {key}");
+            }
+        }
+    }
+    assert_eq!(serde_json::from_value::<Inventory>(old).unwrap(), inv);
 }

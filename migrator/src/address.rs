@@ -32,7 +32,17 @@ pub struct Present {
 /// Addresses and routes of this network namespace.
 #[derive(Clone)]
 pub struct Addresses {
+    /// For changes and questions about one thing.
     handle: Handle,
+}
+
+/// A routing socket for one dump: the kernel lets a socket have one under way (EBUSY, netlink_dump_start in
+/// net/netlink/af_netlink.c), and one that was given up stays under way until it has been read.
+fn socket() -> Result<Handle> {
+    let (connection, handle, _) =
+        rtnetlink::new_connection().map_err(Error::io("opening", "a routing socket"))?;
+    tokio::spawn(connection);
+    Ok(handle)
 }
 
 impl Addresses {
@@ -41,10 +51,7 @@ impl Addresses {
     /// # Errors
     /// Of the socket.
     pub fn open() -> Result<Self> {
-        let (connection, handle, _) =
-            rtnetlink::new_connection().map_err(Error::io("opening", "a routing socket"))?;
-        tokio::spawn(connection);
-        Ok(Self { handle })
+        Ok(Self { handle: socket()? })
     }
 
     async fn link(&self, interface: &str) -> Result<(u32, Option<[u8; 6]>)> {
@@ -70,7 +77,7 @@ impl Addresses {
     }
 
     async fn messages(&self, address: Ipv4Addr) -> Result<Vec<AddressMessage>> {
-        let mut all = self.handle.address().get().set_address_filter(IpAddr::V4(address)).execute();
+        let mut all = socket()?.address().get().set_address_filter(IpAddr::V4(address)).execute();
         let mut found = Vec::new();
         while let Some(message) = all.next().await {
             found.push(message.map_err(Error::netlink("looking for address", address))?);
@@ -144,7 +151,7 @@ impl Addresses {
     /// # Errors
     /// Of netlink.
     pub async fn has_blackhole(&self, address: Ipv4Addr) -> Result<bool> {
-        let mut routes = self.handle.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let mut routes = socket()?.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
         while let Some(route) = routes.next().await {
             let route = route.map_err(Error::netlink("looking for blackhole route", address))?;
             let destination = RouteAttribute::Destination(RouteAddress::Inet(address));
@@ -249,6 +256,23 @@ fn send_frame(socket: &OwnedFd, interface: u32, frame: &[u8]) -> io::Result<()> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// The kernel lets one socket have one dump under way (EBUSY, netlink_dump_start).
+    #[tokio::test]
+    async fn looks_do_not_get_in_each_others_way() {
+        let addresses = Addresses::open().unwrap();
+        let v = Ipv4Addr::new(203, 0, 113, 10);
+        let looks: Vec<_> = (0..64)
+            .map(|_| {
+                let addresses = addresses.clone();
+                tokio::spawn(async move { (addresses.has_blackhole(v).await, addresses.find(v).await) })
+            })
+            .collect();
+        for look in looks {
+            let (blackhole, here) = look.await.unwrap();
+            assert_eq!((blackhole.unwrap(), here.unwrap()), (false, None));
+        }
+    }
 
     #[test]
     fn an_announcement_says_that_v_is_at_this_mac() {

@@ -151,7 +151,7 @@ pub enum App {
 
 impl App {
     /// All of them.
-    pub const ALL: [Self; 3] = [Self::Film, Self::Redis, Self::Nginx];
+    pub const ALL: [Self; 5] = [Self::Film, Self::Redis, Self::Nginx, Self::Pulse, Self::Load];
 
     /// Its name in the inventory.
     #[must_use]

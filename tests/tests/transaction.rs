@@ -167,7 +167,8 @@ fn a_cut_migration_network_is_noticed_by_what_is_not_acknowledged() {
     let ending = led.let_go().unwrap().wait().unwrap();
     assert_eq!(ending.ended.code, Some(3), "{}", ending.said);
     let session = ending.session.unwrap();
-    assert_eq!(session.failed_step, "restore");
+    // the images follow one another into the restore: either may be what the source waits for
+    assert!(["copy", "restore"].contains(&session.failed_step.as_str()), "{}", session.failed_step);
     // it is the kernel that gave up on the connection (TCP_USER_TIMEOUT), long before the keep-alive would have told
     assert!(session.reason.contains("connection error: timed out"), "{}", session.reason);
     assert!(!session.reason.contains("keep-alive"), "{}", session.reason);

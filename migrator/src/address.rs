@@ -77,7 +77,8 @@ impl Addresses {
     }
 
     async fn messages(&self, address: Ipv4Addr) -> Result<Vec<AddressMessage>> {
-        let mut all = socket()?.address().get().set_address_filter(IpAddr::V4(address)).execute();
+        let socket = socket()?; // lives as long as the answer is read
+        let mut all = socket.address().get().set_address_filter(IpAddr::V4(address)).execute();
         let mut found = Vec::new();
         while let Some(message) = all.next().await {
             found.push(message.map_err(Error::netlink("looking for address", address))?);
@@ -151,7 +152,8 @@ impl Addresses {
     /// # Errors
     /// Of netlink.
     pub async fn has_blackhole(&self, address: Ipv4Addr) -> Result<bool> {
-        let mut routes = socket()?.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
+        let socket = socket()?;
+        let mut routes = socket.route().get(RouteMessageBuilder::<Ipv4Addr>::new().build()).execute();
         while let Some(route) = routes.next().await {
             let route = route.map_err(Error::netlink("looking for blackhole route", address))?;
             let destination = RouteAttribute::Destination(RouteAddress::Inet(address));
@@ -265,12 +267,16 @@ mod tests {
         let looks: Vec<_> = (0..64)
             .map(|_| {
                 let addresses = addresses.clone();
-                tokio::spawn(async move { (addresses.has_blackhole(v).await, addresses.find(v).await) })
+                tokio::spawn(async move {
+                    let here = addresses.find(Ipv4Addr::LOCALHOST).await;
+                    (addresses.has_blackhole(v).await, here)
+                })
             })
             .collect();
         for look in looks {
             let (blackhole, here) = look.await.unwrap();
-            assert_eq!((blackhole.unwrap(), here.unwrap()), (false, None));
+            let lo = Present { interface: "lo".into(), prefix: 8 };
+            assert_eq!((blackhole.unwrap(), here.unwrap()), (false, Some(lo)));
         }
     }
 

@@ -34,8 +34,9 @@ use std::{
 use handover_api::{
     tls::Role as TlsRole,
     v1::{
-        DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReceiveResponse,
-        ReserveRequest, RestoreRequest, Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
+        Descriptor, DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse,
+        ReceiveResponse, ReserveRequest, RestoreRequest, Server, ServiceSpec,
+        migrator_peer_client::MigratorPeerClient,
     },
 };
 use nix::sys::signal::Signal;
@@ -55,7 +56,7 @@ use crate::{
     postcopy, preflight,
     process::{self, Identity},
     record::{Record, Role, Source, Vote},
-    sockets,
+    sockets, timers,
     transfer::{self, Volume},
 };
 
@@ -632,16 +633,23 @@ async fn move_over(
     let (v, peer_name) = (record.address, source.peer.clone());
     let tree_dir = source.placement.as_ref().map(|p| p.dir.clone()).unwrap_or_default();
     // beside the work: it takes the longer the more there are
+    let timing = tokio::task::spawn_blocking({
+        let tree_dir = tree_dir.clone();
+        move || timers::living(&freezer::procs(&tree_dir)?)
+    });
     let counting = tokio::task::spawn_blocking(move || connections(&tree_dir));
     let volume = clock.step("copy", copying.finish(&peer_name)).await?;
     let peer = live
         .peer
         .as_mut()
         .ok_or_else(|| Failure::refused("restore: there is no connection to the destination"))?;
+    let living = timing.await.map_err(|e| Failure::new(Code::Internal, format!("copy: {e}")))?;
+    let living = living.map_err(|e| Failure::at("copy", &e))?;
     let restore = RestoreRequest {
         migration: migration.id.clone(),
         image_bytes: volume.bytes,
         image_files: volume.files,
+        timers: living.into_iter().map(|(pid, fd)| Descriptor { pid, fd }).collect(),
     };
     clock
         .part("restore", async {

@@ -7,6 +7,7 @@
 mod command;
 mod setup;
 mod verbs;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -66,11 +67,34 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// The tests that depend on the kernel, on the kernels operators run: virtual machines under QEMU (root; Debian).
+    ///
+    /// Fetches QEMU and Debian's cloud kernels through the machine's own apt into `.tools/vm` the first time. Guests are
+    /// emulated and slow; their logs are kept in the target folder under `vm`.
+    Vm {
+        /// Which: 6.1, 6.12, 6.18, 7.3 or all.
+        #[arg(long, default_value = "all", value_parser = series)]
+        kernel: Kernels,
+        /// How many guests at a time.
+        #[arg(long, default_value_t = 2, value_parser = clap::value_parser!(u8).range(1..=16))]
+        jobs: u8,
+        /// Run only tests whose name contains this.
+        #[arg(last = true)]
+        filter: Option<String>,
+    },
     /// Measure: two things in one run, printed as a ratio (root).
     Bench {
         #[command(subcommand)]
         what: Bench,
     },
+}
+
+/// Kernels of the matrix.
+#[derive(Clone)]
+struct Kernels(Vec<vm::Series>);
+
+fn series(text: &str) -> Result<Kernels, String> {
+    if text == "all" { Ok(Kernels(vm::ALL.to_vec())) } else { text.parse().map(|s| Kernels(vec![s])) }
 }
 
 #[derive(Subcommand)]
@@ -112,6 +136,9 @@ fn main() -> ExitCode {
         Verb::Setup => setup::run().map(|()| ExitCode::SUCCESS),
         Verb::Run { args } => verbs::run(&args),
         Verb::Test { filter, all } => verbs::test(filter.as_deref(), all),
+        Verb::Vm { kernel, jobs, filter } => {
+            vm::run(&kernel.0, usize::from(jobs), filter.as_deref(), &verbs::target_dir())
+        }
         Verb::Simulate { seeds, seed, mutation } => verbs::simulate(seeds, seed, mutation),
         Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
         Verb::Bench { what: Bench::Migrate { args } } => verbs::bench_migrate(&args),

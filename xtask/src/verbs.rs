@@ -107,7 +107,8 @@ pub fn test(filter: Option<&str>, all: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn target_dir() -> std::path::PathBuf {
+/// Where cargo builds.
+pub fn target_dir() -> std::path::PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), |d| workspace().join(d))
 }
 

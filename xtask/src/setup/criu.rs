@@ -34,7 +34,7 @@ pub fn ensure() -> anyhow::Result<()> {
     }
 
     let debian = NewerDebian::new()?;
-    let packages = debian.closure("criu")?;
+    let packages = debian.closure(&["criu"])?;
     let unpacked = debian.unpack(&packages)?;
     let root = tools.join("criu-root");
     if root.exists() {

@@ -12,7 +12,7 @@
 mod bpf_linker;
 mod core_sources;
 mod criu;
-mod newer_debian;
+pub mod newer_debian;
 mod packages;
 
 use anyhow::bail;
@@ -32,11 +32,11 @@ pub fn run() -> anyhow::Result<()> {
 }
 
 /// One line of progress: what was checked or is being done.
-fn say(subject: &str, state: &str) {
+pub fn say(subject: &str, state: &str) {
     eprintln!("setup: {subject:<14} {state}");
 }
 
-fn is_root() -> bool {
+pub fn is_root() -> bool {
     // the owner of /proc/self is the effective user
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/proc/self").is_ok_and(|m| m.uid() == 0)

@@ -20,7 +20,29 @@ impl NewerDebian {
     /// # Errors
     /// If the machine's apt knows no mirror, or none of the newer releases can be reached there.
     pub fn new() -> anyhow::Result<Self> {
-        let (mirror, releases) = mirror()?;
+        let (mirror, origin) = mirror()?;
+        let releases: &[&str] = match origin {
+            Origin::Debian => &["sid", "forky", "trixie-backports"],
+            Origin::Ubuntu => &["devel"],
+        };
+        Self::at(&mirror, releases)
+    }
+
+    /// The same for these of Debian's releases.
+    ///
+    /// # Errors
+    /// If the machine's apt knows no mirror of Debian, or one of the releases cannot be reached there.
+    pub fn of(releases: &[&str]) -> anyhow::Result<Self> {
+        match mirror()? {
+            (mirror, Origin::Debian) => Self::at(&mirror, releases),
+            (mirror, Origin::Ubuntu) => bail!(
+                "{} is needed of Debian, and apt on this machine knows Ubuntu's mirror alone ({mirror}): run this on Debian",
+                releases.join(", ")
+            ),
+        }
+    }
+
+    fn at(mirror: &str, releases: &[&str]) -> anyhow::Result<Self> {
         let dir = tempfile::tempdir().context("temporary folder")?;
         for sub in ["lists/partial", "archives/partial"] {
             fs::create_dir_all(dir.path().join(sub)).context("private apt folders")?;
@@ -61,37 +83,57 @@ impl NewerDebian {
         Ok(table.lines().filter_map(|l| l.split('|').nth(1)).map(|v| v.trim().to_owned()).collect())
     }
 
-    /// `package` and everything it needs, down to the C library.
-    pub fn closure(&self, package: &str) -> anyhow::Result<Vec<String>> {
-        let plan = stdout(self.apt("apt-get").args(["-s", "install", "--no-install-recommends", package]))?;
+    /// The names of all packages that begin so.
+    pub fn names(&self, prefix: &str) -> anyhow::Result<Vec<String>> {
+        Ok(stdout(self.apt("apt-cache").args(["pkgnames", prefix]))?.lines().map(str::to_owned).collect())
+    }
+
+    /// `packages` and everything they need, down to the C library.
+    pub fn closure(&self, packages: &[&str]) -> anyhow::Result<Vec<String>> {
+        let mut plan = self.apt("apt-get");
+        plan.args(["-s", "install", "--no-install-recommends"]).args(packages);
+        let plan = stdout(&mut plan)?;
         let names: Vec<String> = plan
             .lines()
             .filter_map(|l| l.strip_prefix("Inst ")?.split_whitespace().next().map(str::to_owned))
             .collect();
         if names.is_empty() {
-            bail!("the newer releases offer no {package}");
+            bail!("the releases offer no {}", packages.join(", "));
         }
         Ok(names)
     }
 
     /// Downloads `packages` (`name` or `name=version`) and unpacks them into one folder.
     pub fn unpack(&self, packages: &[String]) -> anyhow::Result<TempDir> {
-        run(self.apt("apt-get").args(["download", "-qq"]).args(packages))?;
         let root = tempfile::tempdir().context("temporary folder")?;
+        self.unpack_into(packages, root.path())?;
+        Ok(root)
+    }
+
+    /// The same into `root`, which is made.
+    pub fn unpack_into(&self, packages: &[String], root: &Path) -> anyhow::Result<()> {
+        run(self.apt("apt-get").args(["download", "-qq"]).args(packages))?;
+        fs::create_dir_all(root).with_context(|| root.display().to_string())?;
         let archives = self.dir.path().join("archives");
         for entry in fs::read_dir(&archives).context("downloaded packages")? {
             let path = entry.context("downloaded packages")?.path();
             if path.extension().is_some_and(|e| e == "deb") {
-                run(command("dpkg", &["-x"]).arg(&path).arg(root.path()))?;
+                run(command("dpkg", &["-x"]).arg(&path).arg(root))?;
                 fs::remove_file(&path).with_context(|| path.display().to_string())?;
             }
         }
-        Ok(root)
+        Ok(())
     }
 }
 
-/// The machine's own mirror of its distribution, and the releases to look in, newest first.
-fn mirror() -> anyhow::Result<(String, &'static [&'static str])> {
+/// Whose mirror it is.
+enum Origin {
+    Debian,
+    Ubuntu,
+}
+
+/// The machine's own mirror of its distribution.
+fn mirror() -> anyhow::Result<(String, Origin)> {
     let targets = stdout(&mut command(
         "apt-get",
         &[
@@ -109,15 +151,16 @@ fn mirror() -> anyhow::Result<(String, &'static [&'static str])> {
             continue; // security and third-party archives carry other names
         }
         match origin {
-            "Debian" => return Ok((uri.into(), &["sid", "forky", "trixie-backports"])),
-            "Ubuntu" => return Ok((uri.into(), &["devel"])),
+            "Debian" => return Ok((uri.into(), Origin::Debian)),
+            "Ubuntu" => return Ok((uri.into(), Origin::Ubuntu)),
             _ => {}
         }
     }
     bail!("apt knows no mirror of `{release}`: run `apt-get update`, and see that /etc/apt names one")
 }
 
-fn release_codename(os_release: &Path) -> anyhow::Result<String> {
+/// The name of the release that runs here.
+pub fn release_codename(os_release: &Path) -> anyhow::Result<String> {
     let text = fs::read_to_string(os_release).with_context(|| os_release.display().to_string())?;
     text.lines()
         .find_map(|l| l.strip_prefix("VERSION_CODENAME="))

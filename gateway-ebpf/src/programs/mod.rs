@@ -1,6 +1,7 @@
 //! The programs' rules: `access` and `wan` are the way of a frame, the others what they are made of.
 
 pub mod access;
+pub mod debug;
 pub mod identity;
 pub mod keep;
 pub mod maps;

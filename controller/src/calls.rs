@@ -42,6 +42,10 @@ pub(crate) struct Call {
     pub events: UnboundedSender<(Command, Event)>,
 }
 
+/// The parts of a freeze as its source and its destination name them, in what they answer and in what they refuse.
+const FREEZE_PARTS: [&str; 9] =
+    ["quiet", "fence", "drain", "dump", "copy", "criu", "freezer", "restore", "address"];
+
 impl Call {
     /// Carries the command out and reports what comes of it.
     pub(crate) async fn run(self) {
@@ -374,11 +378,10 @@ impl Call {
     }
 
     fn failed(&self, step: Step, actor: String, failure: Failure, sent_us: u64) -> Event {
-        let parts = ["fence", "dump", "copy", "restore", "address"];
         tracing::warn!(session = %self.plan.id, %step, actor, reason = failure.reason, "failed");
         // the source says first which part of the freeze it was
         let named =
-            failure.reason.split_once(": ").filter(|(p, _)| step == Step::Freeze && parts.contains(p));
+            failure.reason.split_once(": ").filter(|(p, _)| step == Step::Freeze && FREEZE_PARTS.contains(p));
         let (part, reason) = match named {
             Some((part, reason)) => (Some(part.to_owned()), reason.to_owned()),
             None => (None, failure.reason),

@@ -9,7 +9,7 @@ use std::{
 use handover_api::tls::TlsFiles;
 use serde::Deserialize;
 
-use crate::inventory::name_ok;
+use crate::{inventory::name_ok, queue::Limits};
 
 /// Where the CLI looks for the controller unless told otherwise.
 pub const DEFAULT_SOCKET: &str = "/run/handover/controller.sock";
@@ -27,6 +27,9 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where the journal is.
     pub state_dir: PathBuf,
+    /// How many migrations at a time, and how many requests may wait.
+    #[serde(default)]
+    pub queue: Limits,
     /// Certificates.
     pub tls: TlsFiles,
 }
@@ -95,6 +98,16 @@ impl Config {
                 return value(format!("{key} = \"{}\" is not absolute; give the whole path", p.display()));
             }
         }
+        let most = [("at_once", config.queue.at_once, 1..=64), ("length", config.queue.length, 0..=10_000)];
+        for (key, n, range) in most {
+            if !range.contains(&n) {
+                return value(format!(
+                    "queue.{key} = {n} is not within {} to {}",
+                    range.start(),
+                    range.end()
+                ));
+            }
+        }
         Ok(config)
     }
 }
@@ -130,6 +143,8 @@ mod tests {
             ("socket = \"/s\"", "listen = \"here\"", "invalid socket address"),
             ("state_dir = \"/d\"", "state_dir = \"d\"", "state_dir = \"d\" is not absolute"),
             ("key = \"/k\"", "", "missing field `key`"),
+            ("[tls]", "[queue]\nat_once = 0\n[tls]", "queue.at_once = 0 is not within 1 to 64"),
+            ("[tls]", "[queue]\nat_most = 3\n[tls]", "unknown field `at_most`"),
         ] {
             let err = load(&GOOD.replace(from, to)).unwrap_err();
             assert!(err.contains("controller.toml") && err.contains(want), "{to}: {err}");

@@ -30,6 +30,7 @@ use crate::{
     journal::{Journal, JournalError},
     patience,
     peers::{self, Kind, Peer, Peers, Seen},
+    queue::{Leaving, Limits, Turn},
     report,
     session::{Decision, Entry, Event, Finding, Plan, Session, State},
     triggers,
@@ -155,6 +156,7 @@ fn too_late(session: &Session) -> String {
 pub struct Controller {
     world: Mutex<World>,
     journal: Journal,
+    limits: Limits,
     pub(crate) peers: Peers,
     /// Held from the check of a request or inventory until its record is in.
     accepting: tokio::sync::Mutex<()>,
@@ -168,11 +170,11 @@ pub struct Controller {
 
 impl Controller {
     /// Opens the journal in `state_dir` and goes on where it ends: sessions without a decision are aborted, those with
-    /// one are brought to their end.
+    /// one are brought to their end, requests that waited wait on.
     ///
     /// # Errors
     /// [`OpenError`]; nothing was touched.
-    pub fn open(state_dir: &Path, tls: Tls) -> Result<Arc<Self>, OpenError> {
+    pub fn open(state_dir: &Path, tls: Tls, limits: Limits) -> Result<Arc<Self>, OpenError> {
         let (journal, records) = Journal::open(state_dir)?;
         let mut world = World::default();
         for (i, record) in records.iter().enumerate() {
@@ -184,11 +186,13 @@ impl Controller {
             revision = world.revision,
             sessions = world.order.len(),
             unfinished = unfinished.len(),
+            waiting = world.queue.len(),
             "journal read"
         );
         let controller = Arc::new(Self {
             world: Mutex::new(world),
             journal,
+            limits,
             peers: Peers::new(tls),
             accepting: tokio::sync::Mutex::default(),
             orders: Mutex::default(),
@@ -201,6 +205,7 @@ impl Controller {
             let orders = controller.take_orders(&id);
             controller.spawn_driver(id, None, orders);
         }
+        tokio::spawn(keep_queue(Arc::downgrade(&controller)));
         Ok(controller)
     }
 
@@ -272,16 +277,16 @@ impl Controller {
 
     /// Lets the world take a record of a session; returns the session.
     pub(crate) fn take(&self, record: &Record) -> Result<Session, Fatal> {
-        let session = {
-            let mut world = self.world();
-            world.apply(record).map_err(|e| self.give_up(&e))?;
-            match record {
-                Record::Session { id, .. } => world.sessions.get(id).cloned(),
-                Record::Applied { .. } => None,
-            }
-        };
+        self.let_be(record)?;
+        let Record::Session { id, .. } = record else { return Err(Fatal("a record of no session".into())) };
+        self.session(id).ok_or_else(|| Fatal("a record of no session".into()))
+    }
+
+    /// Lets the world take a record that is durable.
+    fn let_be(&self, record: &Record) -> Result<(), Fatal> {
+        self.world().apply(record).map_err(|e| self.give_up(&e))?;
         self.changes.send_modify(|n| *n += 1);
-        session.ok_or_else(|| Fatal("a record of no session".into()))
+        Ok(())
     }
 
     fn orders(&self) -> MutexGuard<'_, BTreeMap<String, mpsc::UnboundedSender<Order>>> {
@@ -299,21 +304,48 @@ impl Controller {
         self.orders().remove(id);
     }
 
-    /// Gives the session up, if its decision is not being written yet. Returns it once ABORT is durable.
+    /// Gives the session up, if its decision is not being written yet, or takes the request out of the queue. Returns once
+    /// that is durable.
     ///
     /// # Errors
     /// [`CancelError`]; the session goes on as if nobody had asked.
-    pub async fn cancel(&self, id: &str, by: &str) -> Result<Session, CancelError> {
+    pub async fn cancel(&self, id: &str, by: &str) -> Result<(), CancelError> {
+        if self.cancel_waiting(id, by).await? {
+            return Ok(());
+        }
         if self.session(id).is_none() {
             return Err(CancelError::Unknown(id.into()));
         }
         let done = self.order(id, Wish::Cancel, by).await;
         let session = self.session(id).ok_or_else(|| CancelError::Unknown(id.into()))?;
         match done {
-            Some(true) => Ok(session),
+            Some(true) => Ok(()),
             None if session.state.undecided().is_some() => Err(CancelError::Stopping(id.into())),
             Some(false) | None => Err(CancelError::TooLate { session: id.into(), why: too_late(&session) }),
         }
+    }
+
+    /// Takes a request out of the queue; whether it was in it.
+    async fn cancel_waiting(&self, id: &str, by: &str) -> Result<bool, CancelError> {
+        let _accepting = self.accepting.lock().await;
+        {
+            let world = self.world();
+            if world.left.contains_key(id) {
+                return Err(CancelError::TooLate {
+                    session: id.into(),
+                    why: "it has left the queue already, nothing was touched".into(),
+                });
+            }
+            if !world.queue.iter().any(|w| w.id == id) {
+                return Ok(false);
+            }
+        }
+        let record = Record::Left { id: id.into(), why: Leaving::Cancelled { by: by.into() } };
+        let stopping = |_| CancelError::Stopping(id.into());
+        self.append(vec![record.clone()]).await.map_err(stopping)?;
+        self.let_be(&record).map_err(stopping)?;
+        tracing::info!(session = id, by, "taken out of the queue");
+        Ok(true)
     }
 
     /// What an operator has to know before resolving; nothing is done.
@@ -406,27 +438,77 @@ impl Controller {
         notes
     }
 
-    /// Turns a request into a session and starts it.
+    /// Turns a request into a session and starts it; or, if it cannot begin at once and is to wait, queues it.
     ///
     /// # Errors
     /// [`MigrateError`]; there is no session.
-    pub async fn migrate(self: &Arc<Self>, request: &triggers::Request) -> Result<String, MigrateError> {
-        let _accepting = self.accepting.lock().await;
+    pub async fn migrate(
+        self: &Arc<Self>,
+        request: &triggers::Request,
+        may_wait: bool,
+    ) -> Result<String, MigrateError> {
+        let accepting = self.accepting.lock().await;
         if *self.stopping.borrow() {
             return Err(MigrateError::Stopping);
         }
-        let plan = Arc::new(self.world().plan(request, driver::unix_ms())?);
+        // those who have waited go first
+        self.advance().await?;
+        let now_ms = driver::unix_ms();
+        let admitted = self.world().admit_now(request, self.limits, now_ms);
+        let passes = match admitted {
+            Ok(plan) => return Ok(self.begin(Arc::new(plan)).await?),
+            Err(e) if may_wait && e.passes() => e,
+            Err(e) => return Err(e.into()),
+        };
+        let waiting = self.world().enqueue(request, self.limits, now_ms)?;
+        let id = waiting.id;
+        let record = Record::Queued { id: id.clone(), request: request.clone(), at_ms: now_ms };
+        self.append(vec![record.clone()]).await?;
+        self.let_be(&record)?;
+        drop(accepting);
+        tracing::info!(session = %id, to = request.to_site, why = %passes, "request queued");
+        Ok(id)
+    }
+
+    /// Starts a session. Under `accepting`.
+    async fn begin(self: &Arc<Self>, plan: Arc<Plan>) -> Result<String, Fatal> {
         let id = plan.id.clone();
         let clock = driver::Clock::start();
+        let (to, trigger) = (plan.to.site.clone(), plan.trigger.clone());
         let entry = Entry { at_us: 0, event: Event::Requested { plan } };
         let record = Record::Session { id: id.clone(), entry };
         self.append(vec![record.clone()]).await?;
         // before anybody can see it
         let orders = self.take_orders(&id);
         self.take(&record)?;
-        tracing::info!(session = %id, to = request.to_site, trigger = request.trigger, "session requested");
+        tracing::info!(session = %id, to, trigger, "session requested");
         self.spawn_driver(id.clone(), Some(clock), orders);
         Ok(id)
+    }
+
+    /// Lets those begin whose turn it is. Under `accepting`.
+    async fn advance(self: &Arc<Self>) -> Result<(), Fatal> {
+        while !*self.stopping.borrow() {
+            let turn = self.world().turn(self.limits, driver::unix_ms());
+            match turn {
+                None => break,
+                Some(Turn::Begin(plan)) => {
+                    self.begin(plan).await?;
+                }
+                Some(Turn::Refuse { id, reason }) => {
+                    tracing::warn!(session = %id, reason, "a request that waited cannot be any more");
+                    let record = Record::Left { id, why: Leaving::Refused { reason } };
+                    self.append(vec![record.clone()]).await?;
+                    self.let_be(&record)?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Place in the queue, from 1, and why it waits.
+    pub fn place_in_queue(&self, id: &str) -> Option<(usize, String)> {
+        self.world().place_in_queue(id, self.limits)
     }
 
     /// What a request would come to: its plan, and what preflight finds. Touches nothing.
@@ -535,6 +617,25 @@ async fn answer<T>(
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(peers::words(&status)),
         Err(_) => Err(format!("no answer within {} s", patience.as_secs())),
+    }
+}
+
+/// Lets requests that wait begin when something has changed, for as long as there is a controller.
+async fn keep_queue(controller: Weak<Controller>) {
+    let Some(mut changes) = controller.upgrade().map(|c| c.changes()) else { return };
+    loop {
+        let Some(c) = controller.upgrade() else { return };
+        changes.mark_unchanged();
+        if !c.world().queue.is_empty() {
+            let _accepting = c.accepting.lock().await;
+            if c.advance().await.is_err() {
+                return; // `append` has said why the controller stops
+            }
+        }
+        drop(c);
+        if changes.changed().await.is_err() {
+            return;
+        }
     }
 }
 

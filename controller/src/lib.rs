@@ -11,8 +11,8 @@
 //!                              peers (warm channels to gateways and migrators)
 //! ```
 //!
-//! Pure: [`session`], [`world`] (with what gateways are told of it), [`inventory`], [`patience`], [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls,
-//! [`server`]. The daemon `handover-controller` and the CLI `handover` are thin on top.
+//! Pure: [`session`], [`world`] (with what gateways are told of it), [`inventory`], [`queue`], [`patience`],
+//! [`report`]. With I/O: [`journal`], [`peers`], the driver and its calls, [`server`]. The daemon `handover-controller` and the CLI `handover` are thin on top.
 
 mod calls;
 pub mod config;
@@ -23,6 +23,7 @@ pub mod inventory;
 pub mod journal;
 pub mod patience;
 pub mod peers;
+pub mod queue;
 pub mod report;
 pub mod server;
 pub mod service;

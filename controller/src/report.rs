@@ -7,8 +7,13 @@
 
 use handover_api::v1;
 
-use crate::session::{
-    Command, Decision, Event, Finding, Held, Outcome, Participant, Plan, Session, Severity, State, Step, next,
+use crate::{
+    queue::{Leaving, Left, Waiting},
+    session::{
+        Command, Decision, Event, Finding, Held, Outcome, Participant, Plan, Session, Severity, State, Step,
+        next,
+    },
+    world::World,
 };
 
 /// The names of the steps, in order, as in the table of the sequence.
@@ -174,6 +179,51 @@ pub fn account(session: &Session, decision: Decision) -> Result<Vec<String>, Str
         _ => Err(format!(
             "session {id} is decided ABORT: {b} may have discarded the copy already, so it cannot be committed any more; resolve it with --abort, or start {service} where you want it by hand"
         )),
+    }
+}
+
+/// A request that waits, on the wire: place in the queue and why, and where the service is now.
+pub fn waiting(w: &Waiting, place: Option<(usize, String)>, world: &World) -> v1::Session {
+    let (position, waits_for) = place.unwrap_or_default();
+    v1::Session {
+        state: "waiting".into(),
+        outcome: v1::Outcome::Running.into(),
+        queue_position: u32::try_from(position).unwrap_or(u32::MAX),
+        waits_for,
+        ..requested(w, world)
+    }
+}
+
+/// A request that left the queue without beginning, on the wire.
+pub fn left(left: &Left, world: &World) -> v1::Session {
+    let (state, reason) = match &left.why {
+        Leaving::Cancelled { by } => ("cancelled", format!("{by} took it out of the queue")),
+        Leaving::Refused { reason } => ("refused", reason.clone()),
+    };
+    v1::Session {
+        state: state.into(),
+        outcome: v1::Outcome::Refused.into(),
+        failed_step: "queue".into(),
+        reason,
+        ..requested(&left.waiting, world)
+    }
+}
+
+fn requested(w: &Waiting, world: &World) -> v1::Session {
+    let servers = world.inventory.services.get(&w.request.service).map(|s| &s.servers);
+    let server = |site: &String| servers.and_then(|s| s.get(site)).cloned().unwrap_or_default();
+    let from = world.services.get(&w.request.service).map(|p| p.site.clone()).unwrap_or_default();
+    v1::Session {
+        id: w.id.clone(),
+        service: w.request.service.clone(),
+        from_server: server(&from),
+        from_site: from,
+        to_server: server(&w.request.to_site),
+        to_site: w.request.to_site.clone(),
+        users: w.request.users.clone(),
+        trigger: w.request.trigger.clone(),
+        requested_at_ms: w.at_ms,
+        ..Default::default()
     }
 }
 

@@ -15,7 +15,7 @@ use tonic::{Request, Response, Status};
 use crate::{
     controller::{ApplyError, CancelError, Controller, MigrateError, ResolveError},
     report,
-    session::{Decision, Outcome, State},
+    session::{Decision, State},
     triggers,
     world::{RequestError, World},
 };
@@ -54,27 +54,36 @@ impl Service {
         &self,
         message: v1::MigrateRequest,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
-        let dry_run = message.dry_run;
+        let (dry_run, may_wait) = (message.dry_run, message.queue);
         let request = triggers::operator(message).map_err(Status::invalid_argument)?;
         if dry_run {
             let (plan, findings) = self.0.rehearse(&request).await.map_err(refused)?;
             return Ok(Response::new(v1::MigrateResponse {
-                session: String::new(),
                 findings: findings.iter().map(report::finding).collect(),
                 plan: report::plan_lines(&plan),
+                ..Default::default()
             }));
         }
         let mut changes = self.0.changes();
-        let session = self.0.migrate(&request).await.map_err(|e| match e {
+        let session = self.0.migrate(&request, may_wait).await.map_err(|e| match e {
             MigrateError::Request(e) => refused(e),
             e @ MigrateError::Stopping => Status::unavailable(e.to_string()),
             e @ MigrateError::Fatal(_) => Status::internal(e.to_string()),
         })?;
         loop {
+            if let Some((position, waits_for)) = self.0.place_in_queue(&session) {
+                let queue_position = u32::try_from(position).unwrap_or(u32::MAX);
+                return Ok(Response::new(v1::MigrateResponse {
+                    session,
+                    queue_position,
+                    waits_for,
+                    ..Default::default()
+                }));
+            }
             let now = self.0.session(&session);
             if now.as_ref().is_none_or(|s| s.state != State::Preflight) {
                 let findings = now.map(|s| report::session(&s).findings).unwrap_or_default();
-                return Ok(Response::new(v1::MigrateResponse { session, findings, plan: Vec::new() }));
+                return Ok(Response::new(v1::MigrateResponse { session, findings, ..Default::default() }));
             }
             changes.changed().await.map_err(|_| Status::unavailable("the controller is stopping"))?;
         }
@@ -110,9 +119,21 @@ impl Service {
         Ok(Response::new(v1::ResolveSessionResponse { account, session: Some(session) }))
     }
 
+    /// A session, or a request that waits or has left the queue.
+    fn view(&self, world: &World, id: &str) -> Option<v1::Session> {
+        if let Some(session) = world.sessions.get(id) {
+            return Some(report::session(session));
+        }
+        if let Some(left) = world.left.get(id) {
+            return Some(report::left(left, world));
+        }
+        let waiting = world.queue.iter().find(|w| w.id == id)?;
+        Some(report::waiting(waiting, self.0.place_in_queue(id), world))
+    }
+
     fn find(&self, id: &str) -> Result<v1::Session, Status> {
-        match self.0.session(id) {
-            Some(session) => Ok(report::session(&session)),
+        match self.view(&self.0.snapshot(), id) {
+            Some(session) => Ok(session),
             None => Err(Status::not_found(format!(
                 "there is no session `{id}`; {}",
                 known_sessions(&self.0.snapshot())
@@ -152,7 +173,10 @@ fn refused(error: RequestError) -> Status {
         | RequestError::SameNetwork { .. }
         | RequestError::Busy { .. }
         | RequestError::Pending { .. }
-        | RequestError::UserBusy { .. } => Status::failed_precondition(words),
+        | RequestError::UserBusy { .. }
+        | RequestError::Behind { .. }
+        | RequestError::AllUnderWay { .. } => Status::failed_precondition(words),
+        RequestError::QueueFull { .. } => Status::resource_exhausted(words),
     }
 }
 
@@ -227,8 +251,7 @@ impl v1::controller_server::Controller for Service {
     ) -> Result<Response<v1::ListSessionsResponse>, Status> {
         require_role(&request, LOOK)?;
         let world = self.0.snapshot();
-        let sessions =
-            world.order.iter().filter_map(|id| world.sessions.get(id)).map(report::session).collect();
+        let sessions = world.order.iter().filter_map(|id| self.view(&world, id)).collect();
         Ok(Response::new(v1::ListSessionsResponse { sessions }))
     }
 
@@ -247,8 +270,7 @@ impl v1::controller_server::Controller for Service {
         let peer = require_role(&request, ACT)?;
         let id = request.into_inner().session;
         let answer = match self.0.cancel(&id, "operator").await {
-            Ok(session) => Ok(Response::new(report::session(&session))),
-            Err(CancelError::Unknown(_)) => self.find(&id).map(Response::new),
+            Ok(()) | Err(CancelError::Unknown(_)) => self.find(&id).map(Response::new),
             Err(e @ CancelError::TooLate { .. }) => Err(Status::failed_precondition(e.to_string())),
             Err(e @ CancelError::Stopping(_)) => Err(Status::unavailable(e.to_string())),
         };
@@ -283,7 +305,7 @@ impl v1::controller_server::Controller for Service {
         let service = self.clone();
         tokio::spawn(async move {
             loop {
-                let over = service.0.session(&id).is_none_or(|s| s.state.outcome() != Outcome::Running);
+                let over = view.outcome() != v1::Outcome::Running;
                 if sender.send(Ok(view.clone())).await.is_err() || over {
                     return;
                 }

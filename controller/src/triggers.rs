@@ -2,11 +2,12 @@
 //! controller checks like any other. So far the only trigger is the operator.
 
 use handover_api::v1;
+use serde::{Deserialize, Serialize};
 
 use crate::session::Policy;
 
 /// A migration somebody or something asks for.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Request {
     /// The service.
     pub service: String,

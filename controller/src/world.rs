@@ -3,7 +3,8 @@
 //!
 //! Invariants:
 //! - a service and a user move by a decision COMMIT only; applying an inventory never moves anything;
-//! - one session per service at a time, and a user is in one session at most;
+//! - one session per service at a time, and a user is in one session at most; who has to wait for that stands in the queue
+//!   ([`crate::queue`]);
 //! - what a running session needs can be neither removed nor changed.
 
 use std::{
@@ -15,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     inventory::{self, Change, Inventory, Service, What},
+    queue::{Leaving, Left, Waiting},
     session::{
         Command, Decision, Entry, Event, Finding, Hold, Illegal, Member, Outcome, Participant, Plan, Session,
         Severity, Side, State,
@@ -39,6 +41,22 @@ pub enum Record {
         id: String,
         /// What, and when.
         entry: Entry,
+    },
+    /// A request waits for its turn.
+    Queued {
+        /// The name its session will have.
+        id: String,
+        /// As asked.
+        request: Request,
+        /// Unix time in milliseconds.
+        at_ms: u64,
+    },
+    /// A request that waited never becomes a session.
+    Left {
+        /// Which.
+        id: String,
+        /// Why.
+        why: Leaving,
     },
 }
 
@@ -72,6 +90,18 @@ pub enum WorldError {
         id: String,
         /// Of the plan.
         named: String,
+    },
+    /// A name that is taken.
+    #[error("request {id} is queued though there is a session or a request of that name")]
+    Taken {
+        /// Which.
+        id: String,
+    },
+    /// It does not wait.
+    #[error("request {id} leaves the queue, but is not in it")]
+    NotQueued {
+        /// Which.
+        id: String,
     },
 }
 
@@ -148,7 +178,7 @@ pub enum RequestError {
     },
     /// The service is being migrated.
     #[error(
-        "service {service} is in session {session} ({state}); wait for it: `handover sessions watch {session}`"
+        "service {service} is in session {session} ({state}); wait for it (`handover sessions watch {session}`), or ask with --queue"
     )]
     Busy {
         /// As asked.
@@ -172,7 +202,7 @@ pub enum RequestError {
     },
     /// A user is being switched by another session.
     #[error(
-        "user {user} is in session {session} of service {service} ({state}); wait for it: `handover sessions watch {session}`"
+        "user {user} is in session {session} of service {service} ({state}); wait for it (`handover sessions watch {session}`), or ask with --queue"
     )]
     UserBusy {
         /// Who.
@@ -183,6 +213,34 @@ pub enum RequestError {
         service: String,
         /// Its state.
         state: &'static str,
+    },
+    /// An earlier request for the same service or user waits.
+    #[error(
+        "{waiting} waits in the queue for service {service} or one of its users; with --queue this request waits behind it, `handover sessions cancel {waiting}` takes it out"
+    )]
+    Behind {
+        /// As asked.
+        service: String,
+        /// Which one.
+        waiting: String,
+    },
+    /// As many as may be are under way.
+    #[error(
+        "{running} migrations are under way, and {limit} at once is the most (`[queue] at_once` in the controller's configuration); with --queue the request waits for its turn"
+    )]
+    AllUnderWay {
+        /// So many.
+        running: usize,
+        /// At most.
+        limit: usize,
+    },
+    /// As many as may be wait.
+    #[error(
+        "{length} requests wait in the queue, which is the most (`[queue] length` in the controller's configuration); take some out (`handover queue`, `handover sessions cancel ID`) or ask again later"
+    )]
+    QueueFull {
+        /// So many.
+        length: usize,
     },
 }
 
@@ -199,7 +257,11 @@ pub struct World {
     pub users: BTreeMap<String, String>,
     /// Sessions by name.
     pub sessions: BTreeMap<String, Session>,
-    /// Their names, oldest first.
+    /// Requests that wait for their turn, oldest first.
+    pub queue: Vec<Waiting>,
+    /// Requests that waited and never became sessions, by name.
+    pub left: BTreeMap<String, Left>,
+    /// Names of sessions and requests, oldest first.
     pub order: Vec<String>,
 }
 
@@ -233,7 +295,26 @@ impl World {
                 Ok(BTreeSet::new())
             }
             Record::Session { id, entry } => self.happen(id, entry),
+            Record::Queued { id, request, at_ms } => {
+                if self.order.contains(id) {
+                    return Err(WorldError::Taken { id: id.clone() });
+                }
+                self.order.push(id.clone());
+                self.queue.push(Waiting { id: id.clone(), request: request.clone(), at_ms: *at_ms });
+                Ok(BTreeSet::new())
+            }
+            Record::Left { id, why } => {
+                let waiting =
+                    self.out_of_queue(id).ok_or_else(|| WorldError::NotQueued { id: id.clone() })?;
+                self.left.insert(id.clone(), Left { waiting, why: why.clone() });
+                Ok(BTreeSet::new())
+            }
         }
+    }
+
+    fn out_of_queue(&mut self, id: &str) -> Option<Waiting> {
+        let i = self.queue.iter().position(|w| w.id == id)?;
+        Some(self.queue.remove(i))
     }
 
     /// New services and users are put at their homes; those known stay where they are.
@@ -258,7 +339,12 @@ impl World {
             if session.plan.id != id {
                 return Err(WorldError::Id { id: id.into(), named: session.plan.id.clone() });
             }
-            self.order.push(id.to_owned());
+            if self.out_of_queue(id).is_none() {
+                if self.order.iter().any(|known| known == id) {
+                    return Err(WorldError::Taken { id: id.into() });
+                }
+                self.order.push(id.to_owned());
+            }
             self.sessions.insert(id.to_owned(), session);
             return Ok(commands);
         };
@@ -354,6 +440,11 @@ impl World {
     /// # Errors
     /// [`RequestError`].
     pub fn plan(&self, request: &Request, now_ms: u64) -> Result<Plan, RequestError> {
+        self.plan_as(request, self.next_id(&request.service), now_ms)
+    }
+
+    /// As [`World::plan`], for a session named `id`.
+    pub(crate) fn plan_as(&self, request: &Request, id: String, now_ms: u64) -> Result<Plan, RequestError> {
         let inv = &*self.inventory;
         let name = &request.service;
         let unknown =
@@ -364,18 +455,18 @@ impl World {
         if !inv.sites.contains_key(to_site) {
             return Err(RequestError::UnknownSite { name: to_site.clone(), known: known(inv.sites.keys()) });
         }
+        // first: where the service is may be about to change
+        self.not_busy(name)?;
         if *to_site == place.site {
             return Err(RequestError::AlreadyThere { service: name.clone(), site: to_site.clone() });
         }
-        self.not_busy(name)?;
         let (from, to) = (self.side(name, service, &place.site)?, self.side(name, service, to_site)?);
         if from.network == to.network {
             return Err(RequestError::SameNetwork { from: from.site, to: to.site, network: to.network });
         }
         let (gateways, findings) = self.members(request, service, &from, &to)?;
-        let count = self.sessions.values().filter(|s| s.plan.service == *name).count();
         Ok(Plan {
-            id: format!("{name}-{}", count + 1),
+            id,
             service: name.clone(),
             address: service.address.to_string(),
             target: service.target.clone(),

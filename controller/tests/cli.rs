@@ -531,6 +531,43 @@ async fn a_session_is_given_up_until_it_is_decided() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_queue_shows_its_order_and_what_is_waited_for() {
+    let f = Fixture::start().await;
+    let _daemon = applied(&f).await;
+    assert_eq!(handover(&f, &["queue"]).await, (0, String::new(), "nothing waits\n".into()));
+    f.stage.fault("main-server freeze", Fault::Hang);
+    assert_eq!(handover(&f, &["migrate", "film", "--to", "backup"]).await.0, 0);
+    f.stage.until_called("main-server freeze").await;
+    let (code, _, err) = handover(&f, &["migrate", "film", "--to", "main"]).await;
+    assert_eq!(code, 1);
+    assert!(err.contains("service film is in session film-1 (freezing)") && err.contains("--queue"), "{err}");
+    let (code, out, err) = handover(&f, &["migrate", "film", "--to", "main", "--queue"]).await;
+    assert_eq!((code, out.as_str()), (0, "film-2\n"), "{err}");
+    assert!(err.starts_with("waits for its turn, number 1 in the queue: session film-1 (freezing)"), "{err}");
+    let (code, out, _) = handover(&f, &["migrate", "film", "--to", "backup", "--queue", "-o", "json"]).await;
+    assert_eq!((code, &json(&out)["queue_position"]), (0, &2.into()), "{out}");
+    let (code, out, _) = handover(&f, &["queue"]).await;
+    assert_eq!((code, out.lines().count()), (0, 3), "{out}");
+    assert!(out.lines().nth(1).unwrap().starts_with("     1  film-2   film     main"), "{out}");
+    assert!(out.contains("film-2 is before it, for the same service or user"), "{out}");
+    let (_, out, _) = handover(&f, &["sessions", "list"]).await;
+    assert!(out.contains("waiting") && out.contains("number 1 in the queue: session film-1"), "{out}");
+    let (code, _, err) = handover(&f, &["sessions", "cancel", "film-2"]).await;
+    assert_eq!((code, err.as_str()), (0, "film-2 is taken out of the queue; nothing was touched\n"));
+    let (code, out, err) = handover(&f, &["sessions", "watch", "film-2"]).await;
+    assert_eq!(code, 1, "{err}");
+    assert!(
+        out.contains("outcome    cancelled") && err.starts_with("cancelled before its turn"),
+        "{out}{err}"
+    );
+    // the first is given up, and the one that waits for the same goes
+    assert_eq!(handover(&f, &["sessions", "cancel", "film-1"]).await.0, 0);
+    let (code, _, err) = handover(&f, &["sessions", "watch", "film-3"]).await;
+    assert_eq!(code, 0, "{err}");
+    assert!(err.ends_with("completed: film runs at backup (backup-server)\n"), "{err}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_session_in_doubt_is_resolved_only_with_yes() {
     let f = Fixture::start().await;
     let _daemon = applied(&f).await;

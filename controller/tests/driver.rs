@@ -12,6 +12,7 @@ use std::{
 use handover_api::v1;
 use handover_controller::{
     controller::{CancelError, Controller, MigrateError},
+    queue::Limits,
     report,
     session::{Decision, Event, Outcome, Policy, Session, State},
     triggers::Request,
@@ -36,10 +37,24 @@ fn request(to: &str, policy: Policy) -> Request {
 }
 
 async fn controller(f: &Fixture) -> Arc<Controller> {
-    let controller = Controller::open(&f.path("state"), f.tls()).unwrap();
+    let controller = Controller::open(&f.path("state"), f.tls(), Limits::default()).unwrap();
     let (_, _, notes) = controller.apply(&f.inventory, false).await.unwrap();
     assert!(notes.is_empty(), "{notes:?}");
     controller
+}
+
+/// The next controller: its journal is free once the last one has ended.
+async fn reopened(f: &Fixture) -> Arc<Controller> {
+    let open = async {
+        loop {
+            match Controller::open(&f.path("state"), f.tls(), Limits::default()) {
+                Ok(c) => return c,
+                Err(e) if e.to_string().contains("in use") => tokio::task::yield_now().await,
+                Err(e) => panic!("{e}"),
+            }
+        }
+    };
+    timeout(PATIENCE, open).await.unwrap()
 }
 
 /// Waits for the session to be as `wanted`.
@@ -86,7 +101,7 @@ async fn forth_and_back() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     assert_eq!(place(&c), here());
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     assert_eq!(id, "film-1");
     let s = settled(&c, &id).await;
     assert_eq!(s.outcome(), v1::Outcome::Completed, "{s:#?}");
@@ -128,7 +143,7 @@ async fn forth_and_back() {
     );
     assert_eq!((s.switch_window_ns, s.image_bytes, s.connections), (Some(2500), 5 << 20, 1));
 
-    let id = c.migrate(&request("main", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("main", Policy::Late), false).await.unwrap();
     assert_eq!(id, "film-2");
     assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed);
     assert_eq!(place(&c), here());
@@ -143,13 +158,15 @@ async fn a_refusal_at_any_step_before_the_decision_undoes_everything() {
         ("gw", "hold", "no memory left to hold frames", "hold"),
         ("main-server", "freeze", "dump: socket of a kind CRIU cannot take", "dump"),
         ("main-server", "freeze", "restore: backup-server: pid 4711 is taken", "restore"),
+        ("main-server", "freeze", "quiet: the service does not read what has arrived", "quiet"),
+        ("main-server", "freeze", "drain: connections wait to be accepted", "drain"),
         ("gw", "switch", "not what was staged", "switch"),
         ("main-server", "yield", "it has gone back alone", "yield"),
     ] {
         let f = Fixture::start().await;
         let c = controller(&f).await;
         f.stage.fault(&format!("{who} {step}"), Fault::Refuse(Code::FailedPrecondition, why));
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         let s = settled(&c, &id).await;
         assert_eq!(s.outcome(), v1::Outcome::RolledBack, "{step}: {s:#?}");
         // a part of the freeze is named as the step, and not again in the reason
@@ -165,7 +182,7 @@ async fn a_refusal_at_any_step_before_the_decision_undoes_everything() {
         // a refusal is not a lost answer: nobody was asked twice
         assert_eq!(f.stage.count(&format!("{who} {step} film-1")), 1);
         // and the next one succeeds
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed, "after {step}");
     }
 }
@@ -176,7 +193,7 @@ async fn after_an_abort_held_frames_go_when_the_source_runs_again() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("gw switch", Fault::Refuse(Code::FailedPrecondition, "not what was staged"));
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = settled(&c, &id).await;
     assert_eq!(s.outcome(), v1::Outcome::RolledBack);
     let calls = f.stage.calls();
@@ -188,7 +205,7 @@ async fn after_an_abort_held_frames_go_when_the_source_runs_again() {
     f.stage.forget_calls();
     f.stage.fault("gw switch", Fault::Refuse(Code::FailedPrecondition, "not what was staged"));
     f.stage.fault("main-server abort", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     f.stage.until_called("gw abort film-2").await;
     assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::RolledBack);
 }
@@ -197,7 +214,7 @@ async fn after_an_abort_held_frames_go_when_the_source_runs_again() {
 async fn without_hold_no_gateway_is_asked_to() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
-    let id = c.migrate(&Request { hold: false, ..request("backup", Policy::Late) }).await.unwrap();
+    let id = c.migrate(&Request { hold: false, ..request("backup", Policy::Late) }, false).await.unwrap();
     let s = settled(&c, &id).await;
     assert_eq!((s.outcome(), s.held_frames), (v1::Outcome::Completed, None));
     assert_eq!(f.stage.count("gw hold film-1"), 0);
@@ -218,7 +235,7 @@ async fn a_lost_answer_is_asked_for_again() {
         let f = Fixture::start().await;
         let c = controller(&f).await;
         f.stage.fault(&format!("{who} {step}"), Fault::LoseAnswer);
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         let s = settled(&c, &id).await;
         assert_eq!(s.outcome(), v1::Outcome::Completed, "{step}: {s:#?}");
         assert_eq!(f.stage.count(&format!("{who} {step} film-1")), 2, "{step}: {:?}", f.stage.calls());
@@ -234,7 +251,7 @@ async fn a_lost_answer_of_an_undo_is_asked_for_again() {
         let c = controller(&f).await;
         f.stage.fault("main-server yield", Fault::Refuse(Code::Aborted, "it has gone back alone"));
         f.stage.fault(&format!("{who} abort"), Fault::LoseAnswer);
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         let s = settled(&c, &id).await;
         assert_eq!(s.outcome(), v1::Outcome::RolledBack, "{who}: {s:#?}");
         assert_eq!(f.stage.count(&format!("{who} abort film-1")), 2);
@@ -247,7 +264,7 @@ async fn a_gateway_that_does_not_answer_at_the_switch_is_not_waited_for() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("gw switch", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = settled(&c, &id).await;
     assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "switch"));
     assert_eq!(s.reason, "no answer within 3 s");
@@ -259,14 +276,14 @@ async fn a_gateway_lost_before_the_switch_stays_pending_until_it_is_back() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("main-server freeze", Fault::ThenDown("gw"));
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = over(&c, &id).await;
     assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "switch"));
     assert_eq!(s.pending.len(), 1, "{s:#?}");
     assert!(s.pending[0].starts_with("gateway gw: abort ("), "{:?}", s.pending);
     assert_eq!(place(&c), here());
 
-    let err = c.migrate(&request("backup", Policy::Late)).await.unwrap_err();
+    let err = c.migrate(&request("backup", Policy::Late), false).await.unwrap_err();
     let MigrateError::Request(e @ RequestError::Pending { .. }) = err else { panic!("{err}") };
     assert_eq!(
         e.to_string(),
@@ -278,7 +295,7 @@ async fn a_gateway_lost_before_the_switch_stays_pending_until_it_is_back() {
     f.stage.door("gw").up();
     let s = settled(&c, &id).await;
     assert!(s.pending.is_empty());
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     assert_eq!(settled(&c, &id).await.outcome(), v1::Outcome::Completed);
 }
 
@@ -291,7 +308,7 @@ async fn after_the_decision_everything_is_retried_until_done() {
         f.stage.fault("gw finish", Fault::Refuse(Code::Internal, "no"));
         f.stage.fault("main-server end", Fault::Refuse(Code::FailedPrecondition, "no"));
     }
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = settled(&c, &id).await;
     assert_eq!(s.outcome(), v1::Outcome::Completed);
     for call in ["backup-server resume film-1", "gw finish film-1", "main-server end film-1"] {
@@ -305,7 +322,7 @@ async fn in_a_disaster_losing_the_source_after_its_vote_rolls_forward() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("gw switch", Fault::ThenDown("main-server"));
-    let id = c.migrate(&request("backup", Policy::Disaster)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Disaster), false).await.unwrap();
     let s = over(&c, &id).await;
     assert_eq!(s.outcome(), v1::Outcome::Completed, "{s:#?}");
     assert!(s.pending[0].starts_with("migrator main-server: end ("), "{:?}", s.pending);
@@ -323,7 +340,7 @@ async fn losing_the_source_before_its_yield_rolls_back() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("gw switch", Fault::ThenDown("main-server"));
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     // the users are put back at once; whether the service runs, the source alone can say
     let s = until(&c, &id, |s| s.state.open().is_some_and(|o| o.len() == 1)).await;
     assert_eq!(f.gateway.network_of("taro"), "net1");
@@ -342,7 +359,7 @@ async fn a_source_that_has_nothing_left_to_thaw_needs_an_operator() {
     let c = controller(&f).await;
     f.main.alive.store(false, Ordering::SeqCst);
     f.stage.fault("gw switch", Fault::Refuse(Code::Internal, "no"));
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = over(&c, &id).await;
     assert_eq!((s.outcome(), s.state.as_str()), (v1::Outcome::NeedsOperator, "source-dead"));
 }
@@ -364,7 +381,7 @@ async fn an_error_found_by_preflight_refuses_and_touches_nothing() {
         let found: Vec<_> = findings.iter().map(report::finding).collect();
         assert_eq!(found, std::slice::from_ref(&finding));
         assert!(c.snapshot().sessions.is_empty(), "a rehearsal leaves no session");
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         let s = over(&c, &id).await;
         assert_eq!((s.outcome(), s.findings), (v1::Outcome::Refused, vec![finding]));
         assert!(f.stage.calls().is_empty(), "{:?}", f.stage.calls());
@@ -377,7 +394,7 @@ async fn a_daemon_that_cannot_be_reached_is_found_by_preflight() {
         let f = Fixture::start().await;
         let c = controller(&f).await;
         f.stage.door(who).down();
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         let s = over(&c, &id).await;
         assert_eq!(s.outcome(), v1::Outcome::Refused, "{who}");
         let role = if who == "gw" { "gateway" } else { "migrator" };
@@ -392,12 +409,12 @@ async fn one_session_at_a_time() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("main-server freeze", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     f.stage.until_called("main-server freeze").await;
-    let err = c.migrate(&request("backup", Policy::Late)).await.unwrap_err();
+    let err = c.migrate(&request("backup", Policy::Late), false).await.unwrap_err();
     assert_eq!(
         err.to_string(),
-        "service film is in session film-1 (freezing); wait for it: `handover sessions watch film-1`"
+        "service film is in session film-1 (freezing); wait for it (`handover sessions watch film-1`), or ask with --queue"
     );
     // what the session needs can be neither removed nor changed
     let inventory = f.inventory.replace("vid = 2", "vid = 3").replace("^film-server ", "^film ");
@@ -414,14 +431,14 @@ async fn one_session_at_a_time() {
     let s = over(&c, &id).await;
     assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "freeze"));
     assert_eq!(s.reason, "the controller was stopped before the decision");
-    assert!(matches!(c.migrate(&request("backup", Policy::Late)).await, Err(MigrateError::Stopping)));
+    assert!(matches!(c.migrate(&request("backup", Policy::Late), false).await, Err(MigrateError::Stopping)));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_gateway_started_again_is_told_where_its_users_are() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     settled(&c, &id).await;
     f.gateway.reboot();
     let told = async {
@@ -441,7 +458,7 @@ async fn a_gateway_that_forgot_the_switch_is_switched_again() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("backup-server resume", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     f.stage.until_called("backup-server resume").await;
     f.gateway.reboot();
     // a configuration of before the decision arrives late
@@ -457,7 +474,7 @@ async fn switching_again_is_gone_on_with_when_it_was_cut_short() {
     let f = Fixture::start().await;
     let c = controller(&f).await;
     f.stage.fault("backup-server resume", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     f.stage.until_called("backup-server resume").await;
     f.gateway.reboot();
     f.gateway.state.lock().unwrap().users.insert("taro".into(), "net1".into());
@@ -475,17 +492,17 @@ async fn the_journal_brings_everything_back() {
     let f = Fixture::start().await;
     let before = {
         let c = controller(&f).await;
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         settled(&c, &id).await;
         f.stage.fault("gw stage", Fault::Refuse(Code::Internal, "no"));
-        let id = c.migrate(&request("main", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("main", Policy::Late), false).await.unwrap();
         settled(&c, &id).await;
         c.snapshot()
     };
     // the first controller's tasks let go of the journal within a second
     let open = async {
         loop {
-            if let Ok(c) = Controller::open(&f.path("state"), f.tls()) {
+            if let Ok(c) = Controller::open(&f.path("state"), f.tls(), Limits::default()) {
                 return c;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -511,14 +528,14 @@ async fn a_decision_that_cannot_be_written_is_none() {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     let open = async || loop {
-        match Controller::open(&f.path("state"), f.tls()) {
+        match Controller::open(&f.path("state"), f.tls(), Limits::default()) {
             Ok(c) => return c,
             Err(_) => tokio::time::sleep(Duration::from_millis(20)).await,
         }
     };
     let c = open().await;
     c.apply(&f.inventory, false).await.unwrap();
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let fatal = timeout(PATIENCE, c.failed()).await.unwrap();
     assert!(fatal.to_string().starts_with("appending to the journal: disk full"), "{fatal}");
     tokio::time::sleep(Duration::from_millis(300)).await;
@@ -549,9 +566,10 @@ async fn cancelled_before_the_decision_everything_is_undone() {
         let f = Fixture::start().await;
         let c = controller(&f).await;
         f.stage.fault(fault, Fault::Hang);
-        let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+        let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
         f.stage.until_called(called).await;
-        let session = c.cancel(&id, "operator").await.unwrap();
+        c.cancel(&id, "operator").await.unwrap();
+        let session = c.session(&id).unwrap();
         // what was answered is durable
         assert!(session.log.iter().any(|e| matches!(e.event, Event::Decided { decision: Decision::Abort })));
         let s = over(&c, &id).await;
@@ -574,7 +592,7 @@ async fn what_is_committed_cannot_be_cancelled() {
     let unknown = c.cancel("film-9", "operator").await.unwrap_err();
     assert!(matches!(unknown, CancelError::Unknown(_)), "{unknown}");
     f.stage.fault("backup-server resume", Fault::Hang);
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     f.stage.until_called("backup-server resume").await;
     let late = c.cancel(&id, "operator").await.unwrap_err();
     assert!(matches!(late, CancelError::TooLate { .. }), "{late}");
@@ -586,10 +604,48 @@ async fn what_is_committed_cannot_be_cancelled() {
     assert_eq!(place(&c), there());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn who_waits_begins_when_it_can_also_after_a_restart() {
+    let f = Fixture::start().await;
+    let c = controller(&f).await;
+    f.stage.fault("main-server freeze", Fault::Hang);
+    let first = c.migrate(&request("backup", Policy::Late), true).await.unwrap();
+    f.stage.until_called("main-server freeze").await;
+    let ids = [
+        c.migrate(&request("backup", Policy::Late), true).await.unwrap(),
+        c.migrate(&request("main", Policy::Late), true).await.unwrap(),
+        c.migrate(&request("backup", Policy::Late), true).await.unwrap(),
+    ];
+    assert_eq!(ids, ["film-2", "film-3", "film-4"]);
+    assert_eq!(c.place_in_queue("film-3").unwrap().0, 2);
+    c.cancel("film-3", "operator").await.unwrap();
+    assert!(c.cancel("film-3", "operator").await.unwrap_err().to_string().contains("has left the queue"));
+    assert_eq!(c.place_in_queue("film-4").unwrap().0, 2);
+    // stopped: the first is aborted, nothing else begins
+    c.stop(PATIENCE).await;
+    assert_eq!(settled(&c, &first).await.outcome(), v1::Outcome::RolledBack);
+    let waiting = c.snapshot().queue;
+    drop(c);
+    f.stage.no_faults();
+    let c = reopened(&f).await;
+    assert_eq!(waiting.iter().map(|w| w.id.as_str()).collect::<Vec<_>>(), ["film-2", "film-4"]);
+    let mut changes = c.changes();
+    let done = async {
+        // the one after it finds the service there already
+        while !c.snapshot().left.contains_key("film-4") {
+            changes.changed().await.unwrap();
+        }
+    };
+    timeout(PATIENCE, done).await.unwrap();
+    assert_eq!(settled(&c, "film-2").await.outcome(), v1::Outcome::Completed);
+    assert_eq!(place(&c), there());
+    assert!(!c.snapshot().sessions.contains_key("film-3"));
+}
+
 /// A migration that is committed, with the destination gone: its copy cannot be resumed.
 async fn in_doubt(f: &Fixture, c: &Arc<Controller>) -> String {
     f.stage.fault("main-server yield", Fault::ThenDown("backup-server"));
-    let id = c.migrate(&request("backup", Policy::Late)).await.unwrap();
+    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
     let s = until(c, &id, |s| s.state.outcome() == Outcome::NeedsOperator).await;
     assert!(matches!(s.state, State::Resuming { .. }), "{:?}", s.state);
     id

@@ -8,6 +8,7 @@
 //! The file and the pinned maps carry the same `id`. A lock keeps a second daemon, or a `detach`, out while one is running.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -17,10 +18,17 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::table::Snapshot;
+use gateway_ebpf::PORTS;
+
+use crate::{
+    desired::{PORT_STEP, Wiring},
+    table::Snapshot,
+};
 
 /// Version of the file.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 3;
+/// What is written where nothing in the file is newer: a daemon that knows one interface a side reads it.
+const ONE_INTERFACE_EACH: u32 = 2;
 /// Oldest version that is read: of the first, every field means what it did.
 const OLDEST: u32 = 1;
 
@@ -71,6 +79,9 @@ pub enum StateError {
 struct Saved<T> {
     format: u32,
     id: String,
+    /// The interfaces that the table's ports were; none of them where there was one on each side.
+    #[serde(default = "BTreeMap::new", skip_serializing_if = "BTreeMap::is_empty")]
+    interfaces: BTreeMap<u16, String>,
     table: T,
 }
 
@@ -86,6 +97,8 @@ pub struct Store {
     file: PathBuf,
     dir: PathBuf,
     id: u64,
+    /// The interfaces by port, where there are several on a side.
+    interfaces: BTreeMap<u16, String>,
     _lock: Flock<File>,
 }
 
@@ -114,7 +127,13 @@ impl Store {
             e => failed("locking", &lock, e.into()),
         })?;
 
-        let mut store = Self { file: dir.join("table.json"), dir: dir.into(), id: 0, _lock: held };
+        let mut store = Self {
+            file: dir.join("table.json"),
+            dir: dir.into(),
+            id: 0,
+            interfaces: BTreeMap::new(),
+            _lock: held,
+        };
         let text = match fs::read(&store.file) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((store, None)),
@@ -129,12 +148,39 @@ impl Store {
         let id = u64::from_str_radix(&saved.id, 16)
             .map_err(|e| damaged(serde::de::Error::custom(format!("id `{}`: {e}", saved.id))))?;
         store.id = id;
+        store.interfaces = saved.interfaces;
         Ok((store, Some(saved.table)))
     }
 
     /// What the file has in common with its maps; 0: nothing saved yet.
     pub const fn id(&self) -> u64 {
         self.id
+    }
+
+    /// What was saved, for interfaces that may have other places now: who was on one that has moved is behind its new port; a
+    /// place whose interface is another one now keeps its users, as after the change of a card, unless that other one had
+    /// users before; and whose interface is gone is behind none. From now on these interfaces are saved with the table.
+    pub fn rewire(&mut self, wiring: &Wiring, mut saved: Snapshot) -> Snapshot {
+        let now = wiring.by_port();
+        let before = std::mem::take(&mut self.interfaces);
+        let port_now = |port: u16| {
+            let same_side = |other: &u16| other % PORT_STEP == port % PORT_STEP;
+            let Some(name) = before.get(&port) else { return port };
+            let moved = now.iter().find(|(other, interface)| same_side(other) && *interface == name);
+            if let Some((port, _)) = moved {
+                return *port;
+            }
+            if now.get(&port).is_some_and(|other| !before.values().any(|known| known == other)) {
+                return port;
+            }
+            let unused = |other: &u16| same_side(other) && !now.contains_key(other);
+            (0..PORTS as u16).rev().find(unused).unwrap_or(port)
+        };
+        saved.move_ports(port_now);
+        if wiring.access.len() > 1 || wiring.wan.len() > 1 {
+            self.interfaces = now;
+        }
+        saved
     }
 
     /// From now on it goes with other maps.
@@ -161,7 +207,9 @@ impl Store {
             let path = path.to_path_buf();
             move |source| StateError::File { what, path, source }
         };
-        let saved = Saved { format: FORMAT, id: format!("{:016x}", self.id), table: snapshot };
+        let format = if self.interfaces.is_empty() { ONE_INTERFACE_EACH } else { FORMAT };
+        let (id, interfaces) = (format!("{:016x}", self.id), self.interfaces.clone());
+        let saved = Saved { format, id, interfaces, table: snapshot };
         let mut file = fs::OpenOptions::new()
             .create(true)
             .truncate(true)
@@ -197,6 +245,54 @@ mod tests {
     }
 
     #[test]
+    fn who_is_behind_an_interface_stays_there_when_it_gets_another_place() {
+        let mac = crate::mac::Mac([2; 6]);
+        let wiring = |access: &[&str]| Wiring {
+            virtual_router_mac: mac,
+            access: access.iter().map(ToString::to_string).collect(),
+            wan: vec!["w".into()],
+        };
+        let user = |port: u16| {
+            format!(
+                r#""u{port}": {{"slot": {}, "port": {port}, "addresses": ["10.1.0.{port}"], "network": "n"}}"#,
+                port
+            )
+        };
+        let users = [1, 3, 5].map(user).join(",");
+        let text = format!(
+            r#"{{"revision": 1, "generation": 1, "switches": {{}}, "past": [],
+                "networks": {{"n": {{"index": 1}}}}, "users": {{{users}}}}}"#
+        );
+        let saved: Snapshot = serde_json::from_str(&text).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        let same = store.rewire(&wiring(&["a", "b", "c"]), saved.clone());
+        assert_eq!(same, saved);
+        store.save(&saved).unwrap();
+        drop(store);
+        // (interfaces now, where those of a, b and c are then)
+        for (now, ports) in [
+            (&["c", "a", "b"][..], [3, 5, 1]),
+            (&["a", "x", "c"], [1, 3, 5]),
+            (&["b", "c"], [15, 1, 3]),
+            (&["a", "b", "c", "d"], [1, 3, 5]),
+        ] {
+            let (mut store, found) = Store::open(dir.path()).unwrap();
+            let moved = serde_json::to_value(store.rewire(&wiring(now), found.unwrap())).unwrap();
+            // a first access port is not written
+            let port = |name: &str| moved["users"][name]["port"].as_u64().unwrap();
+            assert_eq!(["u1", "u3", "u5"].map(port), ports, "{now:?}");
+        }
+        let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
+        assert!(one.starts_with("{\"format\":3"), "{one}");
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        store.rewire(&wiring(&["a"]), Snapshot::default());
+        store.save(&Snapshot::default()).unwrap();
+        let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
+        assert!(one.starts_with("{\"format\":2") && !one.contains("interfaces"), "{one}");
+    }
+
+    #[test]
     fn a_half_written_new_file_changes_nothing_and_a_damaged_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(dir.path()).unwrap();
@@ -211,7 +307,7 @@ mod tests {
             let error = Store::open(dir.path()).unwrap_err();
             assert!(matches!(error, StateError::Damaged { .. }), "{bad}: {error}");
         }
-        fs::write(&file, "{\"format\": 3, \"rest\": []}").unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 3, .. })));
+        fs::write(&file, "{\"format\": 4, \"rest\": []}").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 4, .. })));
     }
 }

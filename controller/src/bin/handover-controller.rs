@@ -21,6 +21,9 @@ const STOP: Duration = Duration::from_secs(10);
     listen = \"10.255.0.1:7440\"                  # optional: the CLI from elsewhere\n  \
     socket = \"/run/handover/controller.sock\"    # the local CLI; mode 0660\n  \
     state_dir = \"/var/lib/handover-controller\"  # the journal\n  \
+    [queue]                                     # optional; these are the defaults\n  \
+    at_once = 4                                 # migrations under way at a time, over all services\n  \
+    length = 100                                # requests that may wait (`migrate --queue`)\n  \
     [tls]\n  \
     ca = \"/etc/handover/ca.pem\"\n  \
     cert = \"/etc/handover/controller-controller.pem\"\n  \
@@ -75,7 +78,7 @@ async fn run(config: &Config, tls: Tls) -> anyhow::Result<()> {
     let mut term = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("SIGINT")?;
     // the journal first: its lock tells two controllers apart before either touches the socket
-    let controller = Controller::open(&config.state_dir, tls.clone())?;
+    let controller = Controller::open(&config.state_dir, tls.clone(), config.queue)?;
     let listeners = Listeners::bind(config).await?;
     tracing::info!(name = config.name, socket = %config.socket.display(), listen = ?config.listen, "ready");
     tokio::select! {

@@ -115,7 +115,9 @@ fn requests_that_cannot_be_name_the_thing_and_the_way_out() {
     let id = play(&mut w, &request("film", "backup", &["taro"]), 3);
     assert_eq!(
         refuse(&w, &request("film", "backup", &[])),
-        format!("service film is in session {id} (staging); wait for it: `handover sessions watch {id}`")
+        format!(
+            "service film is in session {id} (staging); wait for it (`handover sessions watch {id}`), or ask with --queue"
+        )
     );
     // another service at the same time is fine, the same user is not
     assert!(w.plan(&request("radio", "backup", &[]), 0).is_ok());
@@ -125,7 +127,7 @@ fn requests_that_cannot_be_name_the_thing_and_the_way_out() {
     play(&mut w, &request("film", "backup", &[]), 1);
     assert_eq!(
         refuse(&w, &request("radio", "backup", &[])),
-        "user jiro is in session film-1 of service film (preflight); wait for it: `handover sessions watch film-1`"
+        "user jiro is in session film-1 of service film (preflight); wait for it (`handover sessions watch film-1`), or ask with --queue"
     );
 }
 

@@ -36,6 +36,7 @@ const AFTER_HELP: &str = "Examples:
   handover status                             where every service and user is, who can be reached
   handover migrate film --to backup --dry-run what would be done, and what speaks against it
   handover migrate film --to backup --wait    do it, show each step
+  handover queue                              which requests wait, in which order, for what
   handover sessions list                      migrations so far
   handover sessions show film-1 -o json       one of them, for a program
   handover pki init /etc/handover/ca          a new authority for certificates
@@ -54,6 +55,7 @@ enum Verb {
     Apply(apply::Args),
     Status(status::Args),
     Migrate(migrate::Args),
+    Queue(sessions::QueueArgs),
     #[command(subcommand)]
     Sessions(sessions::Verb),
     #[command(subcommand)]
@@ -67,6 +69,7 @@ async fn main() -> ExitCode {
         Verb::Apply(args) => apply::run(args, &to, output).await,
         Verb::Status(args) => status::run(args, &to, output).await,
         Verb::Migrate(args) => migrate::run(args, &to, output).await,
+        Verb::Queue(args) => sessions::queue(args, &to, output).await,
         Verb::Sessions(verb) => sessions::run(verb, &to, output).await,
         Verb::Pki(verb) => pki::run(verb, output),
     };

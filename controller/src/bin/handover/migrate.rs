@@ -37,7 +37,8 @@ enum Policy {
     handover migrate film --to backup --dry-run           check and show the plan, touch nothing\n  \
     handover migrate film --to backup --wait              wait, show each step\n  \
     handover migrate film --to backup --user taro --wait  switch this user only\n  \
-    handover migrate film --to main --wait --timeout 60   back again; exit 5 if it takes longer\n\n\
+    handover migrate film --to main --wait --timeout 60   back again; exit 5 if it takes longer\n  \
+    handover migrate film --to main --queue               wait for its turn if it cannot begin at once\n\n\
     With --wait the exit code is the outcome's: 0 completed, 1 refused, 3 rolled back and alive at the source,\n\
     5 still running, 6 needs an operator. Without, 0 says that it has begun.")]
 pub struct Args {
@@ -55,8 +56,12 @@ pub struct Args {
     /// Wait so long at most, seconds; the migration goes on.
     #[arg(long, value_name = "S", requires = "wait", value_parser = clap::value_parser!(u32).range(1..))]
     timeout: Option<u32>,
+    /// If it cannot begin at once, because its service or a user is in another migration or as many as may be are under
+    /// way, let it wait for its turn (`handover queue`). Without: refused then.
+    #[arg(long)]
+    queue: bool,
     /// Check everything and show the plan; touch nothing.
-    #[arg(long, conflicts_with = "wait")]
+    #[arg(long, conflicts_with_all = ["wait", "queue"])]
     dry_run: bool,
     /// What trouble after the vote leads to.
     #[arg(long, value_enum, default_value_t = Policy::Late)]
@@ -86,6 +91,7 @@ pub async fn run(args: Args, to: &Where, format: Format) -> anyhow::Result<Exit>
         policy: policy.into(),
         allow_other_peers: args.allow_other_peers,
         no_hold: args.no_hold,
+        queue: args.queue,
         trigger: "operator".into(),
     };
     let mut client = to.connect().await?;
@@ -103,6 +109,22 @@ pub async fn run(args: Args, to: &Where, format: Format) -> anyhow::Result<Exit>
     let id = answer.session;
     if args.wait {
         return watch(client, to, &id, end, format).await;
+    }
+    if answer.queue_position > 0 {
+        match format {
+            Format::Json => output::print_json(&json!({
+                "session": id, "queue_position": answer.queue_position, "waits_for": answer.waits_for,
+            }))?,
+            Format::Table => {
+                output::print(&id)?;
+                eprintln!(
+                    "waits for its turn, number {} in the queue: {}; `handover queue` shows the order, `handover sessions \
+                     cancel {id}` takes it out",
+                    answer.queue_position, answer.waits_for
+                );
+            }
+        }
+        return Ok(Exit::Done);
     }
     if output::has_error(&answer.findings) {
         let session =
@@ -235,7 +257,7 @@ async fn follow(
 fn finished(session: &v1::Session, format: Format) -> anyhow::Result<Exit> {
     match format {
         Format::Json => output::print_json(&output::session_json(session)?)?,
-        Format::Table if session.outcome() == v1::Outcome::Refused => {
+        Format::Table if session.outcome() == v1::Outcome::Refused && !session.findings.is_empty() => {
             output::print(&output::findings_text(&session.findings))?;
         }
         Format::Table => output::print(&output::session_text(session))?,
@@ -254,6 +276,10 @@ fn finished(session: &v1::Session, format: Format) -> anyhow::Result<Exit> {
             eprintln!("step {} failed: {}", session.failed_step, session.reason);
             eprintln!("what to do: {}", advice(session));
             Exit::RolledBack
+        }
+        v1::Outcome::Refused if session.failed_step == "queue" => {
+            eprintln!("{} before its turn, nothing was touched: {}", session.state, session.reason);
+            Exit::Error
         }
         v1::Outcome::Refused => {
             eprintln!(
@@ -301,6 +327,8 @@ fn advice(s: &v1::Session) -> String {
 /// Live progress on stderr: one line for each step that is over; on a terminal also what is under way.
 struct Progress {
     shown: BTreeSet<(String, String)>,
+    /// What was last said of its place in the queue.
+    waits: String,
     spinner: Option<ProgressBar>,
 }
 
@@ -314,7 +342,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(100));
             bar
         });
-        Self { shown: BTreeSet::new(), spinner }
+        Self { shown: BTreeSet::new(), waits: String::new(), spinner }
     }
 
     fn say(&self, line: &str) {
@@ -325,7 +353,15 @@ impl Progress {
     }
 
     fn show(&mut self, session: &v1::Session) {
-        if self.shown.is_empty() {
+        if session.queue_position > 0 {
+            let line = format!("number {} in the queue: {}", session.queue_position, session.waits_for);
+            if self.waits != line {
+                self.say(&format!("{} waits, {line}", session.id));
+                self.waits = line;
+            }
+            return;
+        }
+        if self.shown.is_empty() && session.failed_step != "queue" {
             self.say(&format!(
                 "session {}: {} from {} ({}) to {} ({})",
                 session.id,

@@ -64,7 +64,7 @@ pub fn verdict(text: &str) -> Cell {
     match text {
         "done" | "completed" | "yes" => cell.fg(Color::Green),
         "failed" | "no" | "needs-operator" | "refused" => cell.fg(Color::Red),
-        "undone" | "rolled-back" | "running" => cell.fg(Color::Yellow),
+        "undone" | "rolled-back" | "running" | "waiting" | "cancelled" => cell.fg(Color::Yellow),
         _ => cell,
     }
 }
@@ -87,6 +87,8 @@ pub fn ago(d: Duration) -> String {
 /// An outcome as people and programs see it.
 pub fn outcome(session: &v1::Session) -> &'static str {
     match session.outcome() {
+        _ if session.queue_position > 0 => "waiting",
+        v1::Outcome::Refused if session.state == "cancelled" => "cancelled",
         v1::Outcome::Unspecified | v1::Outcome::Running => "running",
         v1::Outcome::Completed => "completed",
         v1::Outcome::RolledBack => "rolled-back",
@@ -209,6 +211,9 @@ pub fn session_text(s: &v1::Session) -> String {
     if let Some(window) = s.switch_window_ns {
         lines.push(format!("switch     window {}.{:03} us", window / 1000, window % 1000));
     }
+    if s.queue_position > 0 {
+        lines.push(format!("queue      number {}: {}", s.queue_position, s.waits_for));
+    }
     if !s.failed_step.is_empty() {
         lines.push(format!("failed     {}: {}", s.failed_step, s.reason));
     } else if !s.reason.is_empty() {
@@ -220,7 +225,9 @@ pub fn session_text(s: &v1::Session) -> String {
         lines.push(String::new());
         lines.push(findings_text(&s.findings));
     }
-    lines.push(String::new());
-    lines.push(steps_table(s));
+    if !s.steps.is_empty() {
+        lines.push(String::new());
+        lines.push(steps_table(s));
+    }
     lines.join("\n")
 }

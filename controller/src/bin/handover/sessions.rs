@@ -18,7 +18,7 @@ use crate::{
     handover sessions list\n  \
     handover sessions show film-1\n  \
     handover sessions watch film-1   wait for its outcome; the exit code is that of `migrate --wait`\n  \
-    handover sessions cancel film-1  give it up; refused once it is decided")]
+    handover sessions cancel film-1  give it up, or take it out of the queue; refused once it is decided")]
 pub enum Verb {
     /// All of them, the oldest first.
     List,
@@ -27,7 +27,8 @@ pub enum Verb {
         /// Its name, e.g. film-1.
         id: String,
     },
-    /// Gives one up, as long as it is not decided: everything is undone, the service goes on where it was.
+    /// Gives one up, as long as it is not decided: everything is undone, the service goes on where it was. One that waits
+    /// is taken out of the queue.
     ///
     /// Ends with 0 once that is certain, and does not wait until all is undone; `--wait` does, with the exit code of
     /// `sessions watch` (3: rolled back, alive at the source). After the decision it is refused: a committed migration is
@@ -88,6 +89,9 @@ pub async fn run(verb: Verb, to: &Where, format: Format) -> anyhow::Result<Exit>
                 return migrate::watch(client, to, &id, None, format).await;
             }
             match format {
+                Format::Table if session.failed_step == "queue" => {
+                    eprintln!("{id} is taken out of the queue; nothing was touched");
+                }
                 Format::Json => output::print_json(&output::session_json(&session)?)?,
                 Format::Table => eprintln!(
                     "session {id} is cancelled ({}): the service goes on at {}; `handover sessions watch {id}` waits until \
@@ -123,6 +127,47 @@ pub async fn run(verb: Verb, to: &Where, format: Format) -> anyhow::Result<Exit>
     Ok(Exit::Done)
 }
 
+/// Shows the requests that wait, in their order, and why each waits.
+#[derive(Debug, clap::Args)]
+pub struct QueueArgs {}
+
+/// # Errors
+/// The controller cannot be asked.
+pub async fn queue(_: QueueArgs, to: &Where, format: Format) -> anyhow::Result<Exit> {
+    let answer =
+        to.connect().await?.list_sessions(v1::ListSessionsRequest {}).await.map_err(Refused::from)?;
+    let mut waiting = answer.into_inner().sessions;
+    waiting.retain(|s| s.queue_position > 0);
+    waiting.sort_by_key(|s| s.queue_position);
+    if format == Format::Json {
+        let all = waiting.iter().map(output::session_json).collect::<anyhow::Result<Vec<_>>>()?;
+        output::print_json(&all.into())?;
+        return Ok(Exit::Done);
+    }
+    if waiting.is_empty() {
+        eprintln!("nothing waits");
+        return Ok(Exit::Done);
+    }
+    let rows = waiting.iter().map(|s| {
+        vec![
+            Cell::new(s.queue_position),
+            Cell::new(&s.id),
+            Cell::new(&s.service),
+            Cell::new(&s.to_site),
+            Cell::new(since(s.requested_at_ms)),
+            Cell::new(&s.waits_for),
+        ]
+    });
+    let header = ["NUMBER", "SESSION", "SERVICE", "TO", "ASKED", "WAITS FOR"];
+    output::print(&table(&header, &[0], rows.collect()))?;
+    Ok(Exit::Done)
+}
+
+fn since(at_ms: u64) -> String {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    format!("{} ago", ago(now.saturating_sub(Duration::from_millis(at_ms))))
+}
+
 fn list(sessions: &[v1::Session], format: Format) -> anyhow::Result<()> {
     if format == Format::Json {
         let all = sessions.iter().map(output::session_json).collect::<anyhow::Result<Vec<_>>>()?;
@@ -132,7 +177,6 @@ fn list(sessions: &[v1::Session], format: Format) -> anyhow::Result<()> {
         eprintln!("no sessions yet: `handover migrate SERVICE --to SITE`");
         return Ok(());
     }
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let rows = sessions.iter().map(|s| {
         vec![
             Cell::new(&s.id),
@@ -142,8 +186,10 @@ fn list(sessions: &[v1::Session], format: Format) -> anyhow::Result<()> {
             Cell::new(s.users.len()),
             verdict(output::outcome(s)),
             Cell::new(if s.frozen_us == 0 { "-".into() } else { ms(s.frozen_us) }),
-            Cell::new(format!("{} ago", ago(now.saturating_sub(Duration::from_millis(s.requested_at_ms))))),
-            Cell::new(if s.failed_step.is_empty() {
+            Cell::new(since(s.requested_at_ms)),
+            Cell::new(if s.queue_position > 0 {
+                format!("number {} in the queue: {}", s.queue_position, s.waits_for)
+            } else if s.failed_step.is_empty() {
                 s.pending.join("; ")
             } else {
                 format!("{}: {}", s.failed_step, s.reason)

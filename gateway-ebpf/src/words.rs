@@ -69,7 +69,7 @@ pub struct Access(pub u64);
 impl Access {
     const BY_MAC: u64 = 1 << 44;
     /// All bits by which a user is told from others.
-    const WHO: u64 = Self::BY_MAC | (1 << 44) - 1;
+    const WHO: u64 = Self::BY_MAC | ((1 << 44) - 1);
 
     /// Through interface `ifindex`, tagged with `tag` unless that is 0.
     pub const fn new(ifindex: u32, tag: u16, guard: bool) -> Self {

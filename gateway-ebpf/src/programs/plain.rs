@@ -111,21 +111,22 @@ fn is_ip6_data<const L3: usize, T>(ctx: &XdpContext) -> bool {
     bounds::<T>(ctx).is_some_and(|frame| (unsafe { load::<L3>(frame) } >> 48) as u8 != ICMPV6)
 }
 
-/// The user with `mac`, if that is at the first of its homes and `is_right`.
+/// The user with `mac`, if that is at home and `is_right`.
 #[inline(always)]
-fn at_first_home(mac: u64, is_right: impl Fn(Access) -> bool) -> Option<*const User> {
-    let [home, _] = homes(mac, user_groups());
-    let group = USER.get_ptr(home.group)?.cast::<User>();
-    for line in [home.line, home.line ^ 1] {
-        // SAFETY: entries of the group, each word read as the daemon writes it.
-        let (identity, access, user) = unsafe {
-            let line = group.add(line as usize * 2);
-            let first = read_volatile(&raw const (*line).identity);
-            let user = line.add(is_not_zero((first ^ mac) << 16));
-            (read_volatile(&raw const (*user).identity), read_volatile(&raw const (*user).access), user)
-        };
-        if (identity ^ mac) << 16 == 0 && is_right(Access(access)) {
-            return Some(user);
+fn at_home(mac: u64, is_right: impl Fn(Access) -> bool) -> Option<*const User> {
+    for home in homes(mac, user_groups()) {
+        let group = USER.get_ptr(home.group)?.cast::<User>();
+        for line in [home.line, home.line ^ 1] {
+            // SAFETY: entries of the group, each word read as the daemon writes it.
+            let (identity, access, user) = unsafe {
+                let line = group.add(line as usize * 2);
+                let first = read_volatile(&raw const (*line).identity);
+                let user = line.add(is_not_zero((first ^ mac) << 16));
+                (read_volatile(&raw const (*user).identity), read_volatile(&raw const (*user).access), user)
+            };
+            if (identity ^ mac) << 16 == 0 && is_right(Access(access)) {
+                return Some(user);
+            }
         }
     }
     None
@@ -153,7 +154,7 @@ pub fn from_user(ctx: &XdpContext) -> Option<Result<Outcome, Outcome>> {
         return None;
     }
     let way = Access::new(ctx.ingress_ifindex() as u32, 0, false).by_mac();
-    let user = at_first_home(src, |access| access == way)?;
+    let user = at_home(src, |access| access == way)?;
     let word = word(user);
     if word.switch() != 0 {
         return None;
@@ -209,7 +210,7 @@ pub fn to_user(ctx: &XdpContext) -> Option<Result<Outcome, Outcome>> {
     if !network.link().in_use() || network.ifindex() != ctx.ingress_ifindex() as u32 {
         return None;
     }
-    let user = at_first_home(dst, Access::is_plain)?;
+    let user = at_home(dst, Access::is_plain)?;
     let word = word(user);
     if word.switch() != 0 || word.a() != index {
         return None;

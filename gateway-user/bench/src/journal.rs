@@ -70,7 +70,7 @@ impl Tally {
         let earliest = before.max(self.read);
         // the first store that selects the frame's network, of those its run can have read
         let read = match vids.iter().position(|v| *v == vid) {
-            Some(side) => earliest + (earliest % 2 ^ side as u64),
+            Some(side) => earliest + ((earliest % 2) ^ side as u64),
             None => u64::MAX,
         };
         if read > after {

@@ -82,8 +82,8 @@ pub const LINES_LEN: usize = 128;
 #[inline(always)]
 pub const fn line_of(mac: u64, elements: u32) -> (u32, usize) {
     let mixed = mac.wrapping_mul(0xd6e8_feb8_6659_fd93);
-    let mixed = (mixed ^ mixed >> 32).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-    (((mixed >> 32) * elements as u64 >> 32) as u32, (mixed as usize & 1) * (LINES_LEN / 2))
+    let mixed = (mixed ^ (mixed >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((((mixed >> 32) * elements as u64) >> 32) as u32, (mixed as usize & 1) * (LINES_LEN / 2))
 }
 
 /// Where redirects go: index into `DEVICE`.

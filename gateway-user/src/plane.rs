@@ -367,7 +367,7 @@ impl Plane {
     }
 
     /// Attaches the program of `side` and pins its link, or takes over the one that is pinned: replaced by one update if it
-    /// differs (or has another virtual MAC), left alone if not.
+    /// differs (or its constants or maps do), left alone if not.
     ///
     /// # Errors
     /// [`PlaneError`].
@@ -376,7 +376,7 @@ impl Plane {
         (side, port): (Side, u16),
         interface: &Link,
         mode: Mode,
-        same_virtual_mac: bool,
+        same_constants: bool,
         pins: &Pins,
     ) -> Result<Attachment, PlaneError> {
         let path = pins.link(port);
@@ -393,7 +393,7 @@ impl Plane {
         let tag = program.info().map_err(|e| of_program("asking about", "", e))?.tag();
         let attachment = match pins.attached(port)? {
             Some(old) if old.ifindex == interface.index => {
-                if old.program_tag == tag && same_virtual_mac {
+                if old.program_tag == tag && same_constants {
                     return Ok(Attachment::Kept);
                 }
                 let link = PinnedLink::from_pin(&path).map_err(|e| of_link("opening", e.into()))?;

@@ -114,6 +114,11 @@ enum EndedRecord {
 }
 
 impl Snapshot {
+    /// The migrations whose switches are staged or made, and not ended.
+    pub fn under_way(&self) -> Vec<String> {
+        self.switches.keys().map(|migration| format!("`{migration}`")).collect()
+    }
+
     /// Says where users and networks are, for interfaces with other numbers.
     pub fn move_ports(&mut self, port_now: impl Fn(u16) -> u16) {
         for port in self.users.values_mut().map(|u| &mut u.port) {

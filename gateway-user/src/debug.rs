@@ -3,7 +3,11 @@
 //! The debugging programs go when the time is over, when the caller has gone, or with the daemon; the daemon after a crash finds
 //! them attached, as programs of another version, and replaces them.
 
-use std::{os::fd::AsRawFd as _, time::Duration};
+use std::{
+    io,
+    os::fd::{AsFd as _, OwnedFd},
+    time::Duration,
+};
 
 use aya::maps::{MapData, RingBuf};
 use gateway_ebpf::{
@@ -83,37 +87,35 @@ impl Telling {
     /// Tells until the end of the time, of the caller or of the daemon; then the programs are as before.
     async fn tell(
         self,
-        ring: RingBuf<MapData>,
+        mut ring: RingBuf<MapData>,
         until: Instant,
         mut news: broadcast::Receiver<News>,
         to: Told,
     ) {
         let mut told = 0;
-        let ring = match Ready::new(ring) {
-            Ok(mut ring) => {
-                loop {
-                    tokio::select! {
-                        () = to.closed() => break,
-                        () = sleep_until(until) => break,
-                        news = news.recv() => match news {
-                            Ok(Some(_)) | Err(broadcast::error::RecvError::Lagged(_)) => {}
-                            Ok(None) | Err(broadcast::error::RecvError::Closed) => break,
-                        },
-                        ready = ring.wait() => {
-                            match ready.ok().and_then(|()| self.empty(&mut ring.ring, &to)) {
-                                Some(more) => told += more,
-                                None => break,
-                            }
+        match readiness(&ring) {
+            Ok(descriptor) => loop {
+                tokio::select! {
+                    () = to.closed() => break,
+                    () = sleep_until(until) => break,
+                    news = news.recv() => match news {
+                        Ok(Some(_)) | Err(broadcast::error::RecvError::Lagged(_)) => {}
+                        Ok(None) | Err(broadcast::error::RecvError::Closed) => break,
+                    },
+                    ready = descriptor.readable() => {
+                        let Ok(mut ready) = ready else { break };
+                        ready.clear_ready();
+                        match self.empty(&mut ring, &to) {
+                            Some(more) => told += more,
+                            None => break,
                         }
                     }
                 }
-                ring.ring
-            }
-            Err((ring, error)) => {
+            },
+            Err(error) => {
                 let _ = to.try_send(Err(Status::internal(format!("waiting for frames: {error}"))));
-                ring
             }
-        };
+        }
         let lost = long(|| {
             let mut core = self.gateway.core();
             core.plane.end_debug(ring);
@@ -163,30 +165,9 @@ impl Telling {
     }
 }
 
-/// A ring, and a descriptor of it that tells when there is something in it.
-struct Ready {
-    ring: RingBuf<MapData>,
-    descriptor: AsyncFd<std::os::fd::OwnedFd>,
-}
-
-impl Ready {
-    fn new(ring: RingBuf<MapData>) -> Result<Self, (RingBuf<MapData>, std::io::Error)> {
-        // SAFETY: the ring is open as long as `ring` lives, which is longer than this borrow.
-        let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(ring.as_raw_fd()) };
-        let descriptor = borrowed.try_clone_to_owned();
-        let registered = descriptor.and_then(|descriptor| {
-            // SAFETY: the OwnedFd moves into the AsyncFd, which keeps it open, the same, until it is dropped.
-            Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
-        });
-        match registered {
-            Ok(descriptor) => Ok(Self { ring, descriptor }),
-            Err(error) => Err((ring, error)),
-        }
-    }
-
-    /// Returns when there may be something in it.
-    async fn wait(&self) -> std::io::Result<()> {
-        self.descriptor.readable().await?.clear_ready();
-        Ok(())
-    }
+/// A descriptor of `ring` that tells when there is something in it.
+fn readiness(ring: &RingBuf<MapData>) -> io::Result<AsyncFd<OwnedFd>> {
+    let descriptor = ring.as_fd().try_clone_to_owned()?;
+    // SAFETY: the OwnedFd moves into the AsyncFd, which keeps it open, the same, until it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(descriptor, Interest::READABLE) }?)
 }

@@ -48,6 +48,7 @@ use aya::{
 use gateway_ebpf::{
     Access, Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
     hold::{HoldWord, Scratch},
+    home::{GROUP, groups_for},
     maps,
 };
 use nix::{
@@ -269,8 +270,10 @@ impl Plane {
             }
             loader.map_max_entries(name, shape.max_entries);
         }
+        let groups = groups_for(options.max_users);
         let mut ebpf = loader
             .override_global(maps::VIRTUAL_ROUTER_MAC, &virtual_router_mac, true)
+            .override_global(maps::USER_GROUPS, &groups, true)
             .load(OBJECT)
             .map_err(|source| PlaneError::Load { hint: load_hint(&source), source: source.into() })?;
 
@@ -481,7 +484,7 @@ impl Plane {
                 }
             }
         };
-        clear(&self.user, &slots, &[0, 1, 2]);
+        clear(&self.user, &slots, &[1, 0, 2]);
         clear(&self.by_vid, &vids, &[0]);
         clear(&self.network, &networks, &[1, 0, 2, 3, 4, 5]);
         Ok(changes)
@@ -553,7 +556,8 @@ impl Plane {
 
     /// The word of `USER` for how a user comes in.
     fn access(&self, known_by: KnownBy, guard: bool) -> u64 {
-        Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard).0
+        let access = Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard);
+        if known_by.mac.is_some() { access.by_mac().0 } else { access.0 }
     }
 
     fn stamp(&self, cpu: usize, index: u16) -> &AtomicU64 {
@@ -739,7 +743,7 @@ fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 17]
     let word = size_of::<u64>();
     let addresses = max_users.saturating_mul(ADDRESSES_MAX as u32);
     [
-        (maps::USER, shape(INDEX, size_of::<User>(), slots_for(max_users))),
+        (maps::USER, shape(INDEX, GROUP as usize * size_of::<User>(), groups_for(max_users))),
         (maps::USER_INDEX, shape(size_of::<UserKey>() as u32, size_of::<u32>(), max_users)),
         (maps::USER_BY_MAC, shape(WORD, size_of::<u32>(), max_users)),
         (maps::USER_BY_IP, shape(INDEX, size_of::<u32>(), addresses)),

@@ -22,6 +22,8 @@
 //!
 //! Failures: [`PlaneError`] names what was done to what, and for the usual reasons what to do.
 
+mod debug;
+
 use std::{
     collections::{HashMap as Known, HashSet},
     fs, io,
@@ -46,6 +48,7 @@ use aya::{
 use gateway_ebpf::{
     Access, Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
     hold::{HoldWord, Scratch},
+    home::{GROUP, groups_for},
     maps,
 };
 use nix::{
@@ -216,6 +219,9 @@ pub struct Plane {
     counters: PerCpuArray<MapData, u64>,
     /// By port; 0: none.
     ifindex: [u32; PORTS as usize],
+    /// What can be debugged.
+    attached: Vec<debug::Attached>,
+    trace: Option<debug::Trace>,
 }
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gateway"));
@@ -264,8 +270,10 @@ impl Plane {
             }
             loader.map_max_entries(name, shape.max_entries);
         }
+        let groups = groups_for(options.max_users);
         let mut ebpf = loader
             .override_global(maps::VIRTUAL_ROUTER_MAC, &virtual_router_mac, true)
+            .override_global(maps::USER_GROUPS, &groups, true)
             .load(OBJECT)
             .map_err(|source| PlaneError::Load { hint: load_hint(&source), source: source.into() })?;
 
@@ -278,18 +286,18 @@ impl Plane {
                 source: source.into(),
             })?;
         }
-        let user = Arc::new(mapping(&mut ebpf, maps::USER, slots, 4)?);
-        let switch = Arc::new(mapping(&mut ebpf, maps::SWITCH, SWITCHES, 1)?);
-        let network = Arc::new(mapping(&mut ebpf, maps::NETWORK, NETWORKS, 8)?);
-        let run = Arc::new(mapping(&mut ebpf, maps::RUN, cpus, 8)?);
+        let user = Arc::new(mapping(&ebpf, maps::USER, slots, 4)?);
+        let switch = Arc::new(mapping(&ebpf, maps::SWITCH, SWITCHES, 1)?);
+        let network = Arc::new(mapping(&ebpf, maps::NETWORK, NETWORKS, 8)?);
+        let run = Arc::new(mapping(&ebpf, maps::RUN, cpus, 8)?);
         let holds = Holds {
             user: Arc::clone(&user),
             switch: Arc::clone(&switch),
             network: Arc::clone(&network),
             run: Arc::clone(&run),
-            hold: mapping(&mut ebpf, maps::HOLD, SWITCHES, HoldWord::ReleaseEnded as usize + 1)?,
-            held: mapping(&mut ebpf, maps::HELD, slots, 2)?,
-            ring: Mutex::new(ring(&mut ebpf, memory)?),
+            hold: mapping(&ebpf, maps::HOLD, SWITCHES, HoldWord::ReleaseEnded as usize + 1)?,
+            held: mapping(&ebpf, maps::HELD, slots, 2)?,
+            ring: Mutex::new(ring(&ebpf, memory)?),
             bounds: Bounds { memory, ..options.hold },
         };
         holds.enforce();
@@ -299,9 +307,9 @@ impl Plane {
             network,
             run,
             holds: Arc::new(holds),
-            by_vid: mapping(&mut ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
-            port: mapping(&mut ebpf, maps::PORT, PORTS, 1)?,
-            last_old: mapping(&mut ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
+            by_vid: mapping(&ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
+            port: mapping(&ebpf, maps::PORT, PORTS, 1)?,
+            last_old: mapping(&ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
             user_index: typed(&mut ebpf, maps::USER_INDEX)?,
             by_mac: typed(&mut ebpf, maps::USER_BY_MAC)?,
             by_ip: typed(&mut ebpf, maps::USER_BY_IP)?,
@@ -310,6 +318,8 @@ impl Plane {
             counters: typed(&mut ebpf, maps::COUNTERS)?,
             ebpf,
             ifindex: [0; _],
+            attached: Vec::new(),
+            trace: None,
         })
     }
 
@@ -377,6 +387,7 @@ impl Plane {
         pins: &Pins,
     ) -> Result<Attachment, PlaneError> {
         let path = pins.link(port);
+        self.attached.push(debug::Attached::Pinned(side, path.clone()));
         let of_link =
             |what, source| PlaneError::PinnedLink { what, side: side.name(), path: path.clone(), source };
         let of_program = |what, hint, source| PlaneError::Program {
@@ -473,7 +484,7 @@ impl Plane {
                 }
             }
         };
-        clear(&self.user, &slots, &[0, 1, 2]);
+        clear(&self.user, &slots, &[1, 0, 2]);
         clear(&self.by_vid, &vids, &[0]);
         clear(&self.network, &networks, &[1, 0, 2, 3, 4, 5]);
         Ok(changes)
@@ -545,7 +556,8 @@ impl Plane {
 
     /// The word of `USER` for how a user comes in.
     fn access(&self, known_by: KnownBy, guard: bool) -> u64 {
-        Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard).0
+        let access = Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard);
+        if known_by.mac.is_some() { access.by_mac().0 } else { access.0 }
     }
 
     fn stamp(&self, cpu: usize, index: u16) -> &AtomicU64 {
@@ -696,9 +708,11 @@ impl Plane {
 }
 
 fn xdp(ebpf: &mut Ebpf, side: Side) -> Result<&mut Xdp, PlaneError> {
-    ebpf.program_mut(side.name())
-        .and_then(|program| program.try_into().ok())
-        .ok_or(PlaneError::Object(side.name()))
+    xdp_named(ebpf, side.name())
+}
+
+fn xdp_named<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, PlaneError> {
+    ebpf.program_mut(name).and_then(|program| program.try_into().ok()).ok_or(PlaneError::Object(name))
 }
 
 fn map_error(
@@ -729,7 +743,7 @@ fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 17]
     let word = size_of::<u64>();
     let addresses = max_users.saturating_mul(ADDRESSES_MAX as u32);
     [
-        (maps::USER, shape(INDEX, size_of::<User>(), slots_for(max_users))),
+        (maps::USER, shape(INDEX, GROUP as usize * size_of::<User>(), groups_for(max_users))),
         (maps::USER_INDEX, shape(size_of::<UserKey>() as u32, size_of::<u32>(), max_users)),
         (maps::USER_BY_MAC, shape(WORD, size_of::<u32>(), max_users)),
         (maps::USER_BY_IP, shape(INDEX, size_of::<u32>(), addresses)),
@@ -767,22 +781,23 @@ fn forget_others<K: Pod + Eq + std::hash::Hash>(
 }
 
 /// Maps an array of `words` 64-bit words per element.
-fn mapping(ebpf: &mut Ebpf, name: &'static str, entries: u32, words: usize) -> Result<Mapping, PlaneError> {
-    let map = ebpf.take_map(name).ok_or(PlaneError::Object(name))?;
+fn mapping(ebpf: &Ebpf, name: &'static str, entries: u32, words: usize) -> Result<Mapping, PlaneError> {
+    // it stays open there: a program that is loaded later names it by its descriptor
+    let map = ebpf.map(name).ok_or(PlaneError::Object(name))?;
     let map_in = |data: &MapData| {
         Mapping::new(data.fd().as_fd(), entries as usize, words)
             .map_err(|source| map_error(name, "mapping into memory (needs kernel 5.5)", source))
     };
     // the element's type is the program's; only its size matters here
     match map {
-        Map::Array(data) => map_in(&data),
+        Map::Array(data) => map_in(data),
         _ => Err(PlaneError::Object(name)),
     }
 }
 
 /// Maps the ring of held frames.
-fn ring(ebpf: &mut Ebpf, size: u32) -> Result<Ring, PlaneError> {
-    match ebpf.take_map(maps::FRAMES) {
+fn ring(ebpf: &Ebpf, size: u32) -> Result<Ring, PlaneError> {
+    match ebpf.map(maps::FRAMES) {
         Some(Map::RingBuf(data)) => Ring::open(data.fd().as_fd(), size)
             .map_err(|source| map_error(maps::FRAMES, "mapping into memory (needs kernel 5.8)", source)),
         _ => Err(PlaneError::Object(maps::FRAMES)),

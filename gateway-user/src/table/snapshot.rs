@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table,
-    UserSpec, UserState, Write, slots_for,
+    UserSpec, UserState, Write,
 };
 use crate::mac::Mac;
 
@@ -293,11 +293,15 @@ impl Table {
         }
         table.network_indices = used.indices();
 
-        let mut used = Used::new("user", slots_for(max_users));
         let (mut keys, mut addresses) = (HashSet::new(), HashSet::new());
-        for (number, (name, u)) in (1..).zip(&snapshot.users) {
-            let slot = if renumber { number } else { u.slot };
-            used.take(slot, name)?;
+        for (name, u) in &snapshot.users {
+            let slot = if renumber {
+                table.slots.take(u.mac)
+            } else {
+                Some(u.slot).filter(|s| table.slots.claim(*s))
+            };
+            let slot =
+                slot.ok_or_else(|| SnapshotError::Index { what: "user", name: name.clone(), index: u.slot })?;
             let twice = |what, value| SnapshotError::Twice { what, value, name: name.clone() };
             let spec = UserSpec {
                 mac: u.mac,
@@ -322,7 +326,6 @@ impl Table {
             let network = table.known_network("user", name, &u.network)?;
             table.users.insert(name.as_str().into(), UserState { slot, spec, network, staged_by: None });
         }
-        table.slots = used.indices();
 
         let mut used = Used::new("migration", SWITCHES);
         for (migration, s) in &snapshot.switches {

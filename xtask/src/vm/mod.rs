@@ -6,7 +6,7 @@
 //!            one guest per kernel (TCG, no network) --serial line--> log, results, exit status
 //! ```
 //!
-//! A guest reads its disks and writes nothing that lasts. Guests are emulated, about six times slower than the machine and
+//! What a guest writes to its disks does not last. Guests are emulated, about six times slower than the machine and
 //! unsteady: nothing is measured in them.
 
 mod kernel;
@@ -131,7 +131,8 @@ fn guest(
     command.arg("-kernel").arg(&kernel.image).arg("-initrd").arg(&kernel.initramfs);
     command.args(["-append", "console=ttyS0 quiet panic=-1 loglevel=4"]);
     command.args(["-drive", &disk(root, "snapshot=on")]);
-    command.args(["-drive", &disk(payload, "readonly=on")]);
+    // the lab keeps its files beside its programs
+    command.args(["-drive", &disk(payload, "snapshot=on")]);
     command.args(["-drive", &disk(&kernel.modules, "readonly=on")]);
     command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::inherit());
     let mut child = command.spawn().context("starting QEMU")?;

@@ -152,8 +152,10 @@ pub struct Kernel {
 /// Fetches those of `series` that are not there. The newest that was seen first stays, so that a run can be repeated:
 /// removing `.tools/vm` fetches anew.
 pub fn kernels(series: &[Series]) -> anyhow::Result<Vec<Kernel>> {
-    let parts: Vec<Part> =
-        series.iter().map(|s| Part::new(&format!("kernel-{s}"), &format!("{s} initramfs 1"))).collect();
+    let parts: Vec<Part> = series
+        .iter()
+        .map(|s| Part::new(&format!("kernel-{s}"), &format!("{s} {}", include_str!("initramfs.sh"))))
+        .collect();
     if parts.iter().any(|p| !p.complete()) {
         let busybox = busybox()?;
         let debian = NewerDebian::of(&KERNEL_RELEASES)?;

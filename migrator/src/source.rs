@@ -79,6 +79,9 @@ const REAP_PATIENCE: Duration = Duration::from_secs(3);
 /// How long the destination is tried to be told of an abort (the controller tells it too).
 const DISCARD_TRIES: u32 = 5;
 
+/// Time between two of these tries.
+const DISCARD_PAUSE: Duration = Duration::from_secs(1);
+
 fn part(live: &Live) -> Option<(&Record, &Source)> {
     match &live.record {
         Some(record @ Record { role: Role::Source(source), .. }) => Some((record, source)),
@@ -923,6 +926,8 @@ async fn discard(node: Arc<Node>, id: String, peer: Option<Peer>, source: Source
                 tracing::warn!(migration = id, peer = source.peer, attempt, error, "telling the destination")
             }
         }
-        tokio::time::sleep(Duration::from_secs(1)).await;
+        if attempt < DISCARD_TRIES {
+            tokio::time::sleep(DISCARD_PAUSE).await;
+        }
     }
 }

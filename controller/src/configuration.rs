@@ -36,7 +36,7 @@ fn network(name: &str, n: &Network) -> v1::Network {
         router_address6: n.router_address6.map(|a| a.to_string()).unwrap_or_default(),
         tpid: (n.tpid == Tpid::Service).then_some(TPID_8021AD),
         pcp: n.pcp.map(u32::from),
-        ..v1::Network::default()
+        wan: n.wan.clone(),
     }
 }
 
@@ -53,7 +53,7 @@ fn user(name: &str, u: &User, network: String) -> v1::User {
         network,
         tag: u.tag.map(u32::from),
         guard: u.guard,
-        ..v1::User::default()
+        interface: u.interface.clone(),
     }
 }
 
@@ -71,6 +71,7 @@ mod tests {
             vid = 3
             tpid = "802.1ad"
             pcp = 5
+            wan = "eth4"
             router_address = "10.1.0.1"
             router_address6 = "fe80::1"
             [[site]]
@@ -83,6 +84,7 @@ mod tests {
             name = "hanako"
             gateway = "gw"
             tag = 7
+            interface = "eth3"
             guard = true
             addresses = ["10.1.0.101"]
             addresses6 = ["2001:db8::7"]
@@ -93,8 +95,10 @@ mod tests {
         let told = network("carrier", &inventory.networks["carrier"]);
         assert_eq!((told.vid, told.tpid, told.pcp), (Some(3), Some(0x88a8), Some(5)));
         assert_eq!((told.router_address.as_str(), told.router_address6.as_str()), ("10.1.0.1", "fe80::1"));
+        assert_eq!(told.wan, "eth4");
         let told = user("hanako", &inventory.users["hanako"], "carrier".into());
         assert_eq!((told.mac.as_str(), told.tag, told.guard), ("", Some(7), true));
+        assert_eq!(told.interface, "eth3");
         assert_eq!(told.addresses, ["10.1.0.101", "2001:db8::7"]);
     }
 }

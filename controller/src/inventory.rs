@@ -32,6 +32,9 @@ pub struct Network {
     pub router_address6: Option<Ipv6Addr>,
     /// The site router's MAC; `None`: learned.
     pub router_mac: Option<String>,
+    /// The gateways' interface to it; empty: the one there is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub wan: String,
 }
 
 /// The kind of a network's tag (IEEE 802.1Q, table 9-1).
@@ -81,6 +84,9 @@ pub struct User {
     /// VID of the tag under which the access side delivers it.
     #[serde(default)]
     pub tag: Option<u16>,
+    /// The gateway's access interface it is behind; empty: the one there is.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub interface: String,
     /// Frames from other addresses than its own are dropped.
     #[serde(default)]
     pub guard: bool,
@@ -215,6 +221,7 @@ struct RawNetwork {
     router_address: Text,
     router_address6: Option<Text>,
     router_mac: Option<Text>,
+    wan: Option<Text>,
 }
 
 #[derive(Deserialize)]
@@ -247,6 +254,7 @@ struct RawUser {
     gateway: Text,
     mac: Option<Text>,
     tag: Option<Spanned<toml::Value>>,
+    interface: Option<Text>,
     #[serde(default)]
     guard: bool,
     addresses: Spanned<Vec<Text>>,
@@ -443,6 +451,25 @@ impl Checker<'_> {
         }
     }
 
+    /// Name of a network interface of a gateway.
+    fn interface(&mut self, whose: &str, key: &str, at: Option<&Text>) -> String {
+        let Some(at) = at else { return String::new() };
+        let n = at.get_ref();
+        // Linux: IFNAMSIZ, dev_valid_name
+        let good =
+            (1..=15).contains(&n.len()) && !n.contains(|c: char| c == '/' || c == ':' || c.is_whitespace());
+        if !good {
+            self.problem(
+                at,
+                format!(
+                    "{whose}: {key} = \"{n}\" is no name of a network interface; give one of the gateway's, as in its \
+                     configuration, or leave it out where the gateway has one"
+                ),
+            );
+        }
+        n.clone()
+    }
+
     fn pcp(&mut self, whose: &str, at: &Spanned<i64>, tagged: bool) -> Option<u8> {
         let n = *at.get_ref();
         if !tagged {
@@ -518,6 +545,7 @@ pub fn parse(text: &str) -> Result<Inventory, InventoryError> {
                 .and_then(|a| c.address6(&whose, "router_address6", a, true)),
             router_address: c.address(&whose, "router_address", &n.router_address),
             router_mac: n.router_mac.as_ref().map(|m| c.mac(&whose, "router_mac", m)),
+            wan: c.interface(&whose, "wan", n.wan.as_ref()),
         };
         c.insert("network", &n.name, network, &mut inv.networks);
     }
@@ -554,8 +582,8 @@ pub fn parse(text: &str) -> Result<Inventory, InventoryError> {
 
 fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
     let mut macs: BTreeMap<String, String> = BTreeMap::new();
-    // those without a MAC: gateway and tag
-    let mut whole: BTreeMap<(String, Option<u16>), String> = BTreeMap::new();
+    // those without a MAC: gateway, interface and tag
+    let mut whole: BTreeMap<(String, String, Option<u16>), String> = BTreeMap::new();
     let mut addresses: BTreeMap<Ipv4Addr, String> = BTreeMap::new();
     let mut addresses6: BTreeMap<Ipv6Addr, String> = BTreeMap::new();
     for u in raw {
@@ -564,6 +592,7 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
         c.reference(&whose, "gateway", "gateway", &u.gateway, &inv.gateways);
         c.reference(&whose, "home", "site", &u.home, &inv.sites);
         let tag = u.tag.as_ref().and_then(|t| c.vid(&whose, "tag", "an untagged user", t));
+        let interface = c.interface(&whose, "interface", u.interface.as_ref());
         let mac = u.mac.as_ref().map(|m| c.mac(&whose, "mac", m)).unwrap_or_default();
         if let Some(at) = &u.mac {
             if let Some(other) = macs.insert(mac.clone(), name.clone()) {
@@ -574,8 +603,11 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
                     ),
                 );
             }
-        } else if let Some(other) = whole.insert((u.gateway.get_ref().clone(), tag), name.clone()) {
-            let what = tag.map_or("without tag".to_owned(), |t| format!("under tag {t}"));
+        } else if let Some(other) =
+            whole.insert((u.gateway.get_ref().clone(), interface.clone(), tag), name.clone())
+        {
+            let tagged = tag.map_or("without tag".to_owned(), |t| format!("under tag {t}"));
+            let what = if interface.is_empty() { tagged } else { format!("on {interface} {tagged}") };
             c.problem(
                 &u.name,
                 format!("{whose} is all that comes in at gateway {} {what}, and so is user {other}; give one of them a mac or another tag", u.gateway.get_ref()),
@@ -625,6 +657,7 @@ fn users(c: &mut Checker<'_>, raw: &[RawUser], inv: &mut Inventory) {
             gateway: u.gateway.get_ref().clone(),
             mac,
             tag,
+            interface,
             guard: u.guard,
             addresses: own,
             addresses6: own6,

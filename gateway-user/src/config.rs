@@ -9,7 +9,12 @@ use std::{
 use handover_api::tls::TlsFiles;
 use serde::Deserialize;
 
-use crate::{hold::Bounds, mac::Mac};
+use crate::{
+    desired::Wiring,
+    hold::Bounds,
+    mac::Mac,
+    ports::{INTERFACES_MAX, Interfaces, Mode},
+};
 
 /// The file, read and checked.
 #[derive(Debug, Clone, Deserialize)]
@@ -22,10 +27,13 @@ pub struct Config {
     /// Local socket for `handover-gateway status` and the like; for the owner and the group of the daemon.
     #[serde(default)]
     pub socket: Option<PathBuf>,
-    /// Interface to the users.
-    pub access: String,
-    /// Interface to the wide-area provider.
-    pub wan: String,
+    /// Interface to the users, or several.
+    pub access: Interfaces,
+    /// Interface to the wide-area provider, or several.
+    pub wan: Interfaces,
+    /// How the programs are attached to all of them.
+    #[serde(default)]
+    pub mode: Mode,
     /// The MAC the users know the router by, on every network.
     pub virtual_router_mac: Mac,
     /// How many users there may be.
@@ -137,17 +145,24 @@ impl Config {
         if config.name.is_empty() {
             return refuse("name", &"\"\"", "give the name in this gateway's certificate");
         }
-        for (key, interface) in [("access", &config.access), ("wan", &config.wan)] {
-            if interface.is_empty() || interface.len() >= libc::IFNAMSIZ {
-                return refuse(key, interface, "an interface's name has 1 to 15 characters");
+        let mut seen: Vec<&String> = Vec::new();
+        for (key, interfaces) in [("access", &config.access), ("wan", &config.wan)] {
+            if !(1..=INTERFACES_MAX).contains(&interfaces.0.len()) {
+                return refuse(key, &format!("{:?}", interfaces.0), "give 1 to 8 interfaces");
             }
-        }
-        if config.access == config.wan {
-            return refuse(
-                "wan",
-                &config.wan,
-                "the same as access: users and provider need an interface each",
-            );
+            for interface in &interfaces.0 {
+                if interface.is_empty() || interface.len() >= libc::IFNAMSIZ {
+                    return refuse(key, interface, "an interface's name has 1 to 15 characters");
+                }
+                if seen.contains(&interface) {
+                    return refuse(
+                        key,
+                        interface,
+                        "is given twice: users and provider need an interface each, and each has one place",
+                    );
+                }
+                seen.push(interface);
+            }
         }
         if !(1..=MAX_USERS).contains(&config.max_users) {
             return refuse("max_users", &config.max_users, "use 1 to 1048576");
@@ -183,6 +198,15 @@ impl Config {
         Ok(config)
     }
 
+    /// What of it decides on what the controller can tell this gateway.
+    pub fn wiring(&self) -> Wiring {
+        Wiring {
+            virtual_router_mac: self.virtual_router_mac,
+            access: self.access.0.clone(),
+            wan: self.wan.0.clone(),
+        }
+    }
+
     /// Where it is kept who is on which network.
     pub fn state_dir(&self) -> PathBuf {
         self.state_dir.clone().unwrap_or_else(|| Path::new(STATE).join(&self.name))
@@ -214,8 +238,13 @@ mod tests {
     #[test]
     fn a_good_file_is_read() {
         let config = Config::parse(GOOD, Path::new("gw.toml")).unwrap();
-        assert_eq!((config.wan.as_str(), config.max_users), ("wan0", 65_536));
+        assert_eq!((&config.wan.0[..], config.max_users), (&["wan0".to_string()][..], 65_536));
         assert_eq!(config.hold.bounds(), Bounds { memory: 64 << 20, per_user: 32 << 20 });
+        assert_eq!(config.mode, Mode::Native, "the other one only when asked for");
+        let several =
+            GOOD.replace("\"wan0\"", "[\"wan0\", \"wan1\"]").replace("[tls]", "mode = \"generic\"\n[tls]");
+        let several = Config::parse(&several, Path::new("gw.toml")).unwrap();
+        assert_eq!((several.wiring().wan, several.mode), (vec!["wan0".into(), "wan1".into()], Mode::Generic));
         assert_eq!(config.pin_dir, None, "not pinned unless asked for");
         assert_eq!(config.state_dir(), Path::new("/var/lib/handover-gateway/gw"));
     }
@@ -228,6 +257,10 @@ mod tests {
             ("02:48:4f:00:00:01", "x", "no MAC address"),
             ("\"wan0\"", "\"access0\"", "wan = access0"),
             ("\"wan0\"", "\"wan0wan0wan0wan0\"", "1 to 15"),
+            ("\"wan0\"", "[\"wan0\", \"wan0\"]", "wan = wan0"),
+            ("\"wan0\"", "[]", "1 to 8 interfaces"),
+            ("\"wan0\"", "7", "a list of names"),
+            ("[tls]", "mode = \"skb\"\n[tls]", "generic"),
             ("10.255.0.2:7443", "10.255.0.2", "listen"),
             ("[tls]", "max_users = 0\n[tls]", "max_users = 0"),
             ("key =", "keys =", "keys"),

@@ -60,6 +60,14 @@ impl Wiring {
         }
     }
 
+    /// The interfaces by port.
+    pub fn by_port(&self) -> BTreeMap<u16, String> {
+        let side = |first: u16, names: &[String]| {
+            (first..).step_by(PORT_STEP.into()).zip(names.to_vec()).collect::<Vec<_>>()
+        };
+        side(WAN_PORT, &self.wan).into_iter().chain(side(ACCESS_PORT, &self.access)).collect()
+    }
+
     /// The name of the interface of `port`.
     pub fn name(&self, port: u16) -> &str {
         let names = if port % PORT_STEP == WAN_PORT { &self.wan } else { &self.access };

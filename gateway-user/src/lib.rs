@@ -19,6 +19,8 @@
 //! - [`hold`], [`ring`], [`release`]: frames kept for the service while it moves, and sent on in their order; [`onward`]: what
 //!   such a frame looks like then, and the marker.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
+//! - [`ports`]: the interfaces, as configured. [`start`]: how all of it comes up, or is taken over.
+//! - [`watch`]: what happens, told to who looks on; [`windows`]: how long switches took.
 //! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
 pub mod config;
@@ -35,9 +37,13 @@ pub mod onward;
 pub mod oracle;
 pub mod pins;
 pub mod plane;
+pub mod ports;
 pub mod release;
 pub mod ring;
 pub mod service;
 pub mod socket;
+pub mod start;
 pub mod state;
 pub mod table;
+pub mod watch;
+pub mod windows;

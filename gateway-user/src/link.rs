@@ -57,6 +57,8 @@ impl Changes {
     pub const RXVLAN: Self = Self(1);
     /// Promiscuous mode was switched on.
     pub const PROMISCUOUS: Self = Self(2);
+    /// The program is attached in generic mode; ends with the program.
+    pub const GENERIC: Self = Self(4);
 
     /// Both.
     #[must_use]

@@ -4,7 +4,8 @@
 //!  pin_dir/  meta              what the directory holds (below); complete once `magic` is set
 //!            map-USER ...      the maps, by name
 //!            program-access, program-wan
-//!            link-access, link-wan     an attached program each: gone with the file, and only then
+//!            link-access, link-wan     an attached program each: gone with the file, and only then; those of further
+//!                                      interfaces are link-access-1, link-wan-1 ...
 //! ```
 //!
 //! `meta` is an array of 64-bit words whose places never change, whatever the layout of the other maps: so every version
@@ -26,7 +27,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData, MapError, MapInfo};
-use gateway_ebpf::{LAYOUT, LAYOUT_VERSION};
+use gateway_ebpf::{LAYOUT, LAYOUT_VERSION, PORTS};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -35,6 +36,7 @@ use nix::{
 use crate::{
     link::{Changes, Link},
     plane::Side,
+    ports::place,
 };
 
 /// Where BPF file systems are by convention.
@@ -56,11 +58,31 @@ enum Word {
     MaxUsers = 2,
     VirtualMac = 3,
     State = 4,
-    /// Interface index, by port.
+    /// Interface index, by port: of the first two.
     Interface = 8,
-    /// [`Changes`], by port.
+    /// [`Changes`], by port: of the first two.
     Changes = 16,
+    /// Interface index, by port: of the others.
+    FurtherInterface = 32,
+    /// [`Changes`], by port: of the others.
+    FurtherChanges = 48,
 }
+
+impl Word {
+    /// Where the interface index of a port is: the first two have had theirs since before there were others.
+    const fn interface(port: u16) -> Self {
+        if port < FIRST_PORTS { Self::Interface } else { Self::FurtherInterface }
+    }
+
+    /// Where the changes of a port's interface are.
+    const fn changes(port: u16) -> Self {
+        if port < FIRST_PORTS { Self::Changes } else { Self::FurtherChanges }
+    }
+}
+
+/// One on each side.
+const FIRST_PORTS: u16 = 2;
+const _: () = assert!(Word::FurtherChanges as u32 + PORTS <= WORDS);
 
 /// Errors of pinning.
 #[derive(Debug, thiserror::Error)]
@@ -190,6 +212,11 @@ impl Meta {
         }
     }
 
+    fn noted(&self, port: u16) -> Result<(u32, Changes), PinError> {
+        let ifindex = self.get(Word::interface(port), port)? as u32;
+        Ok((ifindex, Changes::from_bits(self.get(Word::changes(port), port)?)))
+    }
+
     fn failed(&self, what: &'static str, source: MapError) -> PinError {
         PinError::Map { what, path: self.path.clone(), source: Box::new(source) }
     }
@@ -257,17 +284,21 @@ impl Pins {
         self.dir.join(format!("program-{}", side.name()))
     }
 
-    /// The file of an attached program.
-    pub fn link(&self, side: Side) -> PathBuf {
-        self.dir.join(format!("link-{}", side.name()))
+    /// The file of the program that is attached to a port's interface.
+    pub fn link(&self, port: u16) -> PathBuf {
+        let (side, place) = place(port);
+        self.dir.join(match place {
+            0 => format!("link-{}", side.name()),
+            place => format!("link-{}-{place}", side.name()),
+        })
     }
 
-    /// What is attached on `side`.
+    /// What is attached to a port's interface.
     ///
     /// # Errors
     /// [`PinError::File`].
-    pub fn attached(&self, side: Side) -> Result<Option<Attached>, PinError> {
-        let path = self.link(side);
+    pub fn attached(&self, port: u16) -> Result<Option<Attached>, PinError> {
+        let path = self.link(port);
         if !path.exists() {
             return Ok(None);
         }
@@ -282,8 +313,8 @@ impl Pins {
     ///
     /// # Errors
     /// [`PinError::File`].
-    pub fn remove_link(&self, side: Side) -> Result<(), PinError> {
-        let path = self.link(side);
+    pub fn remove_link(&self, port: u16) -> Result<(), PinError> {
+        let path = self.link(port);
         detach_link(&path).map_err(|source| PinError::File {
             what: "detaching link",
             path: path.clone(),
@@ -329,38 +360,62 @@ impl Pins {
         self.meta.get(Word::State, 0)
     }
 
-    /// Notes which interface is on `side`, and, before they are made, changes of it that are to be undone one day.
+    /// Notes which interface a port is, and, before they are made, changes of it that are to be undone one day.
     ///
     /// # Errors
     /// [`PinError::Map`].
-    pub fn note_interface(&mut self, side: Side, ifindex: u32, changes: Changes) -> Result<(), PinError> {
-        let before = self.changes(side, ifindex)?;
-        if self.noted(side)?.0 != ifindex {
+    pub fn note_interface(&mut self, port: u16, ifindex: u32, changes: Changes) -> Result<(), PinError> {
+        let (noted, before) = self.noted(port)?;
+        let before = if noted == ifindex { before } else { Changes::NONE };
+        if noted != ifindex {
             // for a moment it undoes nothing at all: not what was done elsewhere
-            self.meta.set(Word::Interface, side.port(), 0)?;
+            self.meta.set(Word::interface(port), port, 0)?;
         }
-        self.meta.set(Word::Changes, side.port(), before.union(changes).bits())?;
-        self.meta.set(Word::Interface, side.port(), ifindex.into())
+        self.meta.set(Word::changes(port), port, before.union(changes).bits())?;
+        self.meta.set(Word::interface(port), port, ifindex.into())
     }
 
-    /// The interface of `side` that was noted, and what is to be undone there.
+    /// The interface of a port that was noted (0: none), and what is to be undone there.
     ///
     /// # Errors
     /// [`PinError::Map`].
-    pub fn noted(&self, side: Side) -> Result<(u32, Changes), PinError> {
-        let ifindex = self.meta.get(Word::Interface, side.port())? as u32;
-        Ok((ifindex, self.changes(side, ifindex)?))
+    pub fn noted(&self, port: u16) -> Result<(u32, Changes), PinError> {
+        self.meta.noted(port)
     }
 
-    /// What is to be undone at the interface of `side`: nothing if that was another one.
+    /// Detaches from every interface that is no longer what `wanted` says of its port (its index, and how the program is
+    /// attached), and undoes what was changed there. Answers with the ports, and why.
     ///
     /// # Errors
-    /// [`PinError::Map`].
-    fn changes(&self, side: Side, ifindex: u32) -> Result<Changes, PinError> {
-        if self.meta.get(Word::Interface, side.port())? != u64::from(ifindex) {
-            return Ok(Changes::NONE);
+    /// [`PinError`]; what could not be undone at an interface is a warning.
+    pub fn clear_others(
+        &mut self,
+        wanted: impl Fn(u16) -> Option<(u32, Changes)>,
+    ) -> Result<Vec<(u16, &'static str)>, PinError> {
+        let mut cleared = Vec::new();
+        for port in 0..PORTS as u16 {
+            let (noted, changes) = self.noted(port)?;
+            if noted == 0 {
+                continue;
+            }
+            let why = match wanted(port) {
+                None => "no such port",
+                Some((ifindex, _)) if ifindex != noted => "another interface",
+                Some((_, mode)) if mode.contains(Changes::GENERIC) != changes.contains(Changes::GENERIC) => {
+                    "another mode"
+                }
+                Some(_) => continue,
+            };
+            if self.link(port).exists() {
+                self.remove_link(port)?;
+            }
+            if let Err(error) = Link::undo(noted, changes) {
+                tracing::warn!(%error, "restoring the interface that was used before");
+            }
+            self.meta.set(Word::interface(port), port, 0)?;
+            cleared.push((port, why));
         }
-        self.meta.get(Word::Changes, side.port()).map(Changes::from_bits)
+        Ok(cleared)
     }
 
     /// The data path is whole: from now on it is taken over, not made anew.
@@ -549,19 +604,15 @@ pub fn remove(dir: &Path) -> Result<bool, PinError> {
     if had_meta {
         match Meta::open(meta.clone()) {
             Ok(meta) => {
-                for side in [Side::Access, Side::Wan] {
-                    let port = side.port();
-                    let words = meta.get(Word::Interface, port).and_then(|interface| {
-                        Ok((interface as u32, Changes::from_bits(meta.get(Word::Changes, port)?)))
-                    });
-                    match words {
-                        Ok((ifindex, changes)) if changes != Changes::NONE => {
+                for port in 0..PORTS as u16 {
+                    match meta.noted(port) {
+                        Ok((0, _)) => {}
+                        Ok((ifindex, changes)) => {
                             if let Err(error) = Link::undo(ifindex, changes) {
-                                note(format!("{} interface {ifindex}", side.name()), &error);
+                                note(format!("{} interface {ifindex}", place(port).0.name()), &error);
                             }
                         }
-                        Ok(_) => {}
-                        Err(error) => note(format!("{} interface", side.name()), &error),
+                        Err(error) => note(format!("port {port}"), &error),
                     }
                 }
             }

@@ -38,7 +38,7 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader, Pod,
     maps::{DevMap, HashMap, Map, MapData, MapError, PerCpuArray, xdp::XdpMapError},
     programs::{
-        ProgramError, Xdp, XdpMode,
+        ProgramError, Xdp,
         links::{FdLink, PinnedLink},
         xdp::{XdpLink, XdpLinkId},
     },
@@ -56,9 +56,11 @@ use nix::{
 use crate::{
     desired::ADDRESSES_MAX,
     hold::{Bounds, Holds, run_ended},
+    link::Link,
     mac::Mac,
     mapping::Mapping,
     pins::{PinError, Pins, Shape},
+    ports::Mode,
     ring::Ring,
     table::{ACCESS_PORT, KnownBy, SwitchAnswer, WAN_PORT, Write, slots_for},
 };
@@ -328,14 +330,31 @@ impl Plane {
         Ok(())
     }
 
-    /// Attaches a program to its interface, in native mode or not at all.
+    /// Attaches a program to an interface, in native mode or not at all.
     ///
     /// # Errors
     /// [`PlaneError::Program`] with the usual reason for the kernel's answer.
     pub fn attach(&mut self, side: Side, name: &str, ifindex: u32) -> Result<XdpLinkId, PlaneError> {
-        xdp(&mut self.ebpf, side)?.attach_to_if_index(ifindex, XdpMode::Driver).map_err(|source| {
+        self.attach_in(side, name, ifindex, Mode::Native)
+    }
+
+    /// Attaches a program to an interface in this mode, or not at all.
+    ///
+    /// # Errors
+    /// [`PlaneError::Program`] with the usual reason for the kernel's answer.
+    pub fn attach_in(
+        &mut self,
+        side: Side,
+        name: &str,
+        ifindex: u32,
+        mode: Mode,
+    ) -> Result<XdpLinkId, PlaneError> {
+        xdp(&mut self.ebpf, side)?.attach_to_if_index(ifindex, mode.xdp()).map_err(|source| {
             PlaneError::Program {
-                what: "attaching in native mode",
+                what: match mode {
+                    Mode::Native => "attaching in native mode",
+                    Mode::Generic => "attaching in generic mode",
+                },
                 program: side.name(),
                 interface: name.into(),
                 hint: attach_hint(&source),
@@ -351,26 +370,26 @@ impl Plane {
     /// [`PlaneError`].
     pub fn attach_pinned(
         &mut self,
-        side: Side,
-        name: &str,
-        ifindex: u32,
+        (side, port): (Side, u16),
+        interface: &Link,
+        mode: Mode,
         same_virtual_mac: bool,
         pins: &Pins,
     ) -> Result<Attachment, PlaneError> {
-        let path = pins.link(side);
+        let path = pins.link(port);
         let of_link =
             |what, source| PlaneError::PinnedLink { what, side: side.name(), path: path.clone(), source };
         let of_program = |what, hint, source| PlaneError::Program {
             what,
             program: side.name(),
-            interface: name.into(),
+            interface: interface.name.clone(),
             hint,
             source: Box::new(source),
         };
         let program = xdp(&mut self.ebpf, side)?;
         let tag = program.info().map_err(|e| of_program("asking about", "", e))?.tag();
-        let attachment = match pins.attached(side)? {
-            Some(old) if old.ifindex == ifindex => {
+        let attachment = match pins.attached(port)? {
+            Some(old) if old.ifindex == interface.index => {
                 if old.program_tag == tag && same_virtual_mac {
                     return Ok(Attachment::Kept);
                 }
@@ -381,9 +400,9 @@ impl Plane {
             }
             old => {
                 if old.is_some() {
-                    pins.remove_link(side)?;
+                    pins.remove_link(port)?;
                 }
-                let id = self.attach(side, name, ifindex)?;
+                let id = self.attach_in(side, &interface.name, interface.index, mode)?;
                 let link =
                     xdp(&mut self.ebpf, side)?.take_link(id).map_err(|e| of_program("attaching", "", e))?;
                 let link = FdLink::try_from(link).map_err(|e| {
@@ -870,7 +889,10 @@ fn attach_hint(error: &ProgramError) -> &'static str {
         Some(libc::EBUSY | libc::EEXIST) => {
             "another XDP program is attached: `ip -d link show` names it, `ip link set dev IFACE xdp off` takes it off"
         }
-        Some(libc::EOPNOTSUPP) => "its driver has no native XDP: use a NIC whose driver has",
+        Some(libc::EOPNOTSUPP) => {
+            "its driver has no native XDP: use a NIC whose driver has, or accept the kernel's slower way for all \
+             interfaces with `mode = \"generic\"` in the gateway's configuration"
+        }
         Some(libc::EINVAL | libc::ERANGE | libc::EMSGSIZE) => {
             "its MTU, or that of its veth peer, may be too large for XDP: try 1500"
         }

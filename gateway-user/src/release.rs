@@ -28,7 +28,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use gateway_ebpf::{Load, Record, hold::HoldWord, words::Phase};
+use gateway_ebpf::{Link, Load, Record, hold::HoldWord, words::Phase};
 use nix::{
     errno::Errno,
     sched::{CpuSet, sched_getcpu, sched_setaffinity},
@@ -40,8 +40,7 @@ use nix::{
 use tokio::sync::oneshot;
 
 use crate::{
-    hold::Holds, introduce::bind_to, link::Link, mac::Mac, onward::onward, plane::monotonic_ns,
-    table::HoldFigures,
+    hold::Holds, introduce::bind_to, link, mac::Mac, onward::onward, plane::monotonic_ns, table::HoldFigures,
 };
 
 /// Frames sent before it is waited for their transmission: less than any interface queues.
@@ -60,7 +59,8 @@ pub struct Releaser(Arc<Inner>);
 struct Inner {
     holds: Arc<Holds>,
     virtual_mac: Mac,
-    out: OwnedFd,
+    /// By port of a WAN interface.
+    ways: Vec<(u16, OwnedFd)>,
     jobs: Mutex<Jobs>,
     /// Frames that stood before others in the ring and are not to be sent yet; the thread's, from one run to the next.
     parked: Mutex<Parked>,
@@ -97,11 +97,11 @@ impl Kept {
 }
 
 impl Releaser {
-    /// One that sends out of `wan`.
+    /// The way out of `wan`.
     ///
     /// # Errors
     /// The kernel's; EPERM without CAP_NET_RAW.
-    pub fn open(holds: Arc<Holds>, virtual_mac: Mac, wan: &Link) -> io::Result<Self> {
+    pub fn way(wan: &link::Link) -> io::Result<OwnedFd> {
         let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
         let out = socket(AddressFamily::Packet, SockType::Raw, flags, None::<SockProtocol>)?;
         let on: libc::c_int = 1;
@@ -118,21 +118,21 @@ impl Releaser {
         Errno::result(result)?;
         setsockopt(&out, SndBufForce, &SEND_BUFFER)?;
         bind_to(&out, wan, 0)?;
-        Ok(Self(Arc::new(Inner {
-            holds,
-            virtual_mac,
-            out,
-            jobs: Mutex::default(),
-            parked: Mutex::default(),
-        })))
+        Ok(out)
     }
 
-    /// Sends one frame into the WAN, ahead of all that is held.
+    /// One that sends out of WAN interfaces, each by its port.
+    pub fn open(holds: Arc<Holds>, virtual_mac: Mac, ways: Vec<(u16, OwnedFd)>) -> Self {
+        let (jobs, parked) = (Mutex::default(), Mutex::default());
+        Self(Arc::new(Inner { holds, virtual_mac, ways, jobs, parked }))
+    }
+
+    /// Sends one frame out of a port, ahead of all that is held.
     ///
     /// # Errors
-    /// The kernel's.
-    pub fn send(&self, frame: &[u8]) -> io::Result<()> {
-        self.0.offer(&[frame]).into_iter().collect()
+    /// The kernel's; NotFound for a port that is no WAN interface.
+    pub fn send(&self, port: u16, frame: &[u8]) -> io::Result<()> {
+        self.0.offer(port, &[frame]).into_iter().collect()
     }
 
     /// Releases `switch`, whose word says so already. The answer comes when all its users (in `slots`) are back on the fast
@@ -167,8 +167,12 @@ impl Inner {
         self.parked.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sends frames in order; returns once they are transmitted, with what became of each.
-    fn offer(&self, frames: &[impl AsRef<[u8]>]) -> Vec<io::Result<()>> {
+    /// Sends frames out of one port, in order; returns once they are transmitted, with what became of each.
+    fn offer(&self, port: u16, frames: &[impl AsRef<[u8]>]) -> Vec<io::Result<()>> {
+        let Some((_, out)) = self.ways.iter().find(|(number, _)| *number == port) else {
+            let gone = || io::Error::new(io::ErrorKind::NotFound, "no WAN interface has this port");
+            return frames.iter().map(|_| Err(gone())).collect();
+        };
         let mut parts: Vec<libc::iovec> = frames
             .iter()
             .map(|frame| {
@@ -190,9 +194,8 @@ impl Inner {
         while results.len() < frames.len() {
             let rest = &mut messages[results.len()..];
             // SAFETY: `rest` and what it points to outlive the call, which does not write to the frames.
-            let sent = unsafe {
-                libc::sendmmsg(self.out.as_raw_fd(), rest.as_mut_ptr(), rest.len() as libc::c_uint, 0)
-            };
+            let sent =
+                unsafe { libc::sendmmsg(out.as_raw_fd(), rest.as_mut_ptr(), rest.len() as libc::c_uint, 0) };
             match Errno::result(sent) {
                 Ok(sent) => {
                     results.extend((0..sent).map(|_| Ok(())));
@@ -210,31 +213,31 @@ impl Inner {
                 }
             }
         }
-        self.wait_until_transmitted();
+        wait_until_transmitted(out);
         results
     }
+}
 
-    /// Returns when the driver has given back every frame of the socket.
-    fn wait_until_transmitted(&self) {
-        let begun = Instant::now();
-        let mut turns = 0_u32;
-        loop {
-            let mut octets: libc::c_int = 0;
-            // SAFETY: the request writes an int.
-            let result = unsafe { libc::ioctl(self.out.as_raw_fd(), libc::TIOCOUTQ, &raw mut octets) };
-            if result != 0 || octets == 0 {
+/// Returns when the driver has given back every frame of the socket.
+fn wait_until_transmitted(out: &OwnedFd) {
+    let begun = Instant::now();
+    let mut turns = 0_u32;
+    loop {
+        let mut octets: libc::c_int = 0;
+        // SAFETY: the request writes an int.
+        let result = unsafe { libc::ioctl(out.as_raw_fd(), libc::TIOCOUTQ, &raw mut octets) };
+        if result != 0 || octets == 0 {
+            return;
+        }
+        turns += 1;
+        if turns.is_multiple_of(64) {
+            thread::yield_now();
+            if begun.elapsed() > TRANSMIT_LIMIT {
+                tracing::warn!(
+                    octets,
+                    "the WAN interface does not transmit; later frames may overtake these"
+                );
                 return;
-            }
-            turns += 1;
-            if turns.is_multiple_of(64) {
-                thread::yield_now();
-                if begun.elapsed() > TRANSMIT_LIMIT {
-                    tracing::warn!(
-                        octets,
-                        "the WAN interface does not transmit; later frames may overtake these"
-                    );
-                    return;
-                }
             }
         }
     }
@@ -331,11 +334,18 @@ impl Drain {
         let onward = |kept: &Kept| {
             let network = holds.network_of(kept.record.slot())?;
             let access_tag = holds.access_of(kept.record.slot()).tag();
-            onward(&kept.frame, self.inner.virtual_mac, network, access_tag)
+            let port = Link(network.link).port() as u16;
+            Some((port, onward(&kept.frame, self.inner.virtual_mac, network, access_tag)?))
         };
-        let (going, frames): (Vec<&Kept>, Vec<Vec<u8>>) =
+        let (going, frames): (Vec<&Kept>, Vec<(u16, Vec<u8>)>) =
             batch.iter().filter_map(|kept| Some((kept, onward(kept)?))).unzip();
-        let mut results = going.iter().zip(self.inner.offer(&frames)).peekable();
+        // a user's frames all go to one network, and so out of one port
+        let mut offered = Vec::with_capacity(frames.len());
+        for of_port in frames.chunk_by(|one, next| one.0 == next.0) {
+            let frames: Vec<&[u8]> = of_port.iter().map(|(_, frame)| &**frame).collect();
+            offered.extend(self.inner.offer(of_port[0].0, &frames));
+        }
+        let mut results = going.iter().zip(offered).peekable();
         for kept in batch {
             let switch = kept.record.switch();
             let add = |word, value| {

@@ -11,9 +11,10 @@
 //! what the table says. An answer that was lost with the daemon is given again.
 
 use std::{
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     net::Ipv4Addr,
-    path::{Path, PathBuf},
+    path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError, TryLockError,
         atomic::{AtomicU64, Ordering},
@@ -38,91 +39,58 @@ use crate::{
     desired::{self, Desired, Invalid, Wiring},
     groups::{Budget, Copies, Group, Groups, Hearers, HearersByNetwork},
     introduce::{Asker, Heard, Introduced, Introducer, PATIENCE},
-    link::{Link, LinkError, Promiscuous},
+    link::Promiscuous,
     mac::Mac,
     onward::Marker,
-    pins::{self, PinError, Pins},
-    plane::{Options, Plane, PlaneError, Side, grace_period, monotonic_ns},
+    plane::{Plane, PlaneError, Side, grace_period, monotonic_ns},
+    ports::{Mode, Port, Ports},
     release::Releaser,
-    state::{StateError, Store},
+    start::{self, Started},
+    state::Store,
     table::{
-        ACCESS_PORT, Asked, HoldFigures, HoldStep, Learned, Named, Refusal, Release, Retired, Snapshot,
-        SnapshotError, StageAnswer, StageStep, SwitchAnswer, SwitchStep, Table, WAN_PORT, Write,
+        Asked, HoldFigures, HoldStep, Learned, Named, Refusal, Release, Retired, Snapshot, StageAnswer,
+        StageStep, SwitchAnswer, SwitchStep, Table, Write,
     },
+    watch::Watchers,
+    windows::Windows,
 };
+
+pub use crate::start::StartError;
+
+/// Which users a watcher is told by name.
+const FEW: usize = 16;
 
 /// How often routers that have not answered are asked again.
 const ASK_AGAIN: Duration = Duration::from_secs(1);
 /// How often routers that are known are asked again: one that was replaced without announcing it is found.
 const REFRESH: Duration = Duration::from_secs(30);
 
-/// Why the gateway could not start.
-#[derive(Debug, thiserror::Error)]
-pub enum StartError {
-    /// An interface.
-    #[error(transparent)]
-    Link(#[from] LinkError),
-    /// The programs.
-    #[error(transparent)]
-    Plane(#[from] PlaneError),
-    /// The packet socket.
-    #[error("packet socket on interface `{interface}` (needs CAP_NET_RAW)")]
-    Socket {
-        /// Which.
-        interface: String,
-        /// Why.
-        #[source]
-        source: io::Error,
-    },
-    /// The files of the data path.
-    #[error(transparent)]
-    Pin(#[from] PinError),
-    /// The state directory.
-    #[error(transparent)]
-    State(#[from] StateError),
-    /// A state that cannot be.
-    #[error("state in {}", dir.display())]
-    Snapshot {
-        /// Where.
-        dir: PathBuf,
-        /// What is wrong with it.
-        #[source]
-        source: SnapshotError,
-    },
-    /// Maps and state of different gateways, or of different times.
-    #[error(
-        "the data path pinned in {} does not go with the state in {}: give the right `pin_dir` and `state_dir`, or take the          data path down with `handover-gateway detach` and start again", pins.display(), state.display()
-    )]
-    OtherState {
-        /// `pin_dir`.
-        pins: PathBuf,
-        /// `state_dir`.
-        state: PathBuf,
-    },
-    /// No identity for this start.
-    #[error("reading /proc/sys/kernel/random/uuid")]
-    BootId(#[source] io::Error),
-}
-
 /// The gateway; clones are the same one.
 #[derive(Clone)]
-pub struct Gateway(Arc<Inner>);
+pub struct Gateway(pub(crate) Arc<Inner>);
 
-struct Inner {
+pub(crate) struct Inner {
     name: String,
     boot_id: String,
     wiring: Wiring,
     pin_dir: Option<PathBuf>,
-    access: Link,
-    wan: Link,
+    mode: Mode,
+    ports: Ports,
     /// Of a data path that ends with the daemon; the other kind is promiscuous by itself.
-    _promiscuous: Option<[Promiscuous; 2]>,
-    introducer: Introducer,
-    groups: Groups,
-    copier: Copies,
+    _promiscuous: Vec<Promiscuous>,
+    /// By port of a WAN interface.
+    introducers: BTreeMap<u16, Introducer>,
+    /// By port of a WAN interface.
+    groups: BTreeMap<u16, Groups>,
+    /// By port of an access interface.
+    copiers: BTreeMap<u16, Copies>,
     releaser: Releaser,
     /// Group frames' copies: sent, and not sent.
     copies: [AtomicU64; 2],
+    /// Switches by their window.
+    windows: Mutex<Windows>,
+    /// Who looks on.
+    pub(crate) watchers: Watchers,
     core: Mutex<Core>,
     /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
     configuring: tokio::sync::Mutex<()>,
@@ -131,9 +99,10 @@ struct Inner {
     store: Option<Arc<tokio::sync::Mutex<Store>>>,
 }
 
-struct Core {
-    table: Table,
-    plane: Plane,
+/// What is behind the lock.
+pub(crate) struct Core {
+    pub table: Table,
+    pub plane: Plane,
 }
 
 impl Gateway {
@@ -142,55 +111,33 @@ impl Gateway {
     /// # Errors
     /// [`StartError`]; what was attached is detached again.
     pub fn start(config: &Config) -> Result<Self, StartError> {
-        let mut links = [Link::open(&config.access)?, Link::open(&config.wan)?];
-        for link in &links {
-            if !link.is_running()? {
-                warn!(interface = link.name, "the interface is down or has no carrier");
-            }
-        }
         let boot_id = fs::read_to_string("/proc/sys/kernel/random/uuid").map_err(StartError::BootId)?;
-        let (core, introducer, store, promiscuous) = match &config.pin_dir {
-            None => {
-                let (core, introducer, promiscuous) = start_unpinned(config, &mut links)?;
-                (core, introducer, None, Some(promiscuous))
-            }
-            Some(dir) => {
-                let (core, introducer, store) = start_pinned(config, dir, &mut links)?;
-                (core, introducer, Some(Arc::new(tokio::sync::Mutex::new(store))), None)
-            }
-        };
-
-        let failed = |interface: &str, source| StartError::Socket { interface: interface.into(), source };
-        let groups = Groups::open(&links[1]).map_err(|e| failed(&config.wan, e))?;
-        let copier = Copies::open(&links[0]).map_err(|e| failed(&config.access, e))?;
-        let holds = Arc::clone(core.plane.holds());
-        let releaser = Releaser::open(holds, config.virtual_router_mac, &links[1])
-            .map_err(|e| failed(&config.wan, e))?;
-        let [access, wan] = links;
+        let Started { core, ports, store, promiscuous } = start::start(config)?;
+        let sockets = start::sockets(&core, config.virtual_router_mac, &ports)?;
         let gateway = Self(Arc::new(Inner {
             name: config.name.clone(),
             boot_id: boot_id.trim().into(),
-            wiring: Wiring {
-                virtual_router_mac: config.virtual_router_mac,
-                access: vec![config.access.clone()],
-                wan: vec![config.wan.clone()],
-            },
+            wiring: config.wiring(),
             pin_dir: config.pin_dir.clone(),
-            access,
-            wan,
+            mode: config.mode,
+            ports,
             _promiscuous: promiscuous,
-            introducer,
-            groups,
-            copier,
-            releaser,
+            introducers: sockets.introducers,
+            groups: sockets.groups,
+            copiers: sockets.copiers,
+            releaser: sockets.releaser,
             copies: Default::default(),
+            windows: Mutex::default(),
+            watchers: Watchers::new(),
             core: Mutex::new(core),
             configuring: tokio::sync::Mutex::default(),
-            store,
+            store: store.map(|store| Arc::new(tokio::sync::Mutex::new(store))),
         }));
-        gateway.clone().spawn_listener();
+        for port in gateway.0.ports.of(Side::Wan).map(|port| port.number) {
+            gateway.clone().spawn_listener(port);
+            gateway.clone().spawn_groups(port);
+        }
         gateway.clone().spawn_asker();
-        gateway.clone().spawn_groups();
         Ok(gateway)
     }
 
@@ -247,7 +194,7 @@ impl Gateway {
         });
     }
 
-    fn core(&self) -> MutexGuard<'_, Core> {
+    pub(crate) fn core(&self) -> MutexGuard<'_, Core> {
         match self.0.core.try_lock() {
             Ok(core) => core,
             Err(TryLockError::Poisoned(poisoned)) => poisoned.into_inner(),
@@ -258,34 +205,109 @@ impl Gateway {
         }
     }
 
-    /// Learns the routers' MACs from what they say.
-    fn spawn_listener(self) {
+    /// Tells who looks on.
+    fn tell(&self, what: &str, change: impl FnOnce(v1::Change) -> v1::Change) {
+        self.0.watchers.tell(|| change(v1::Change { what: what.into(), ..Default::default() }));
+    }
+
+    /// Tells that a switch has ended that was under way.
+    fn tell_end(&self, what: &str, told: v1::Change, held: Option<HoldFigures>) {
+        if told.users > 0 {
+            self.tell(what, |change| v1::Change { what: change.what, held: held.map(Into::into), ..told });
+        }
+    }
+
+    /// What is told of a switch that is under way.
+    fn told_of(&self, migration: &str) -> v1::Change {
+        let core = self.core();
+        let Some((from, to, users, names)) = core.table.told_of(migration, FEW) else {
+            return v1::Change { migration: migration.into(), ..Default::default() };
+        };
+        v1::Change {
+            migration: migration.into(),
+            from_network: from.into(),
+            to_network: to.into(),
+            users: users as u32,
+            names,
+            ..Default::default()
+        }
+    }
+
+    /// Every counter, the programs' and the daemon's own.
+    pub(crate) fn counters(&self, core: &Core) -> Result<Vec<v1::Counter>, PlaneError> {
+        let copies = self.0.copies.each_ref().map(|copies| copies.load(Ordering::Relaxed));
+        let of_programs =
+            core.plane.counters()?.into_iter().map(|(outcome, frames)| (outcome.name(), frames));
+        let all = of_programs.chain(GROUP_COUNTERS.into_iter().zip(copies));
+        Ok(all.map(|(name, frames)| v1::Counter { name: name.into(), frames }).collect())
+    }
+
+    /// The switches under way.
+    pub(crate) fn switches(core: &Core) -> Vec<v1::SwitchStatus> {
+        core.table
+            .switches()
+            .map(|s| v1::SwitchStatus {
+                switch: s.index.into(),
+                migration: s.migration.into(),
+                generation: s.generation,
+                state: s.state.into(),
+                from_network: s.from.into(),
+                to_network: s.to.into(),
+                users: s.users as u32,
+                window_ns: s.window_ns,
+                phase: s.phase.into(),
+                held: (s.phase != "forward").then(|| core.plane.holds().figures(s.index).into()),
+            })
+            .collect()
+    }
+
+    /// Whether `request` is from somebody who may see who is where.
+    ///
+    /// # Errors
+    /// PERMISSION_DENIED.
+    pub(crate) fn may_look<T>(&self, request: &Request<T>) -> Result<(), Status> {
+        match require_role(request, MAY_LOOK)? {
+            caller @ Peer::Remote { role: Role::Gateway, .. } if !matches!(&caller, Peer::Remote { name, .. } if *name == self.0.name) => {
+                Err(Status::permission_denied(format!(
+                    "{caller} may not ask gateway {} about its users",
+                    self.0.name
+                )))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Learns the routers' MACs from what they say on one WAN interface.
+    fn spawn_listener(self, port: u16) {
         tokio::spawn(async move {
-            let ended = self.0.introducer.listen(|heard| self.learn(heard)).await;
-            if let Err(error) = ended {
-                tracing::error!(wan = self.0.wan.name, %error, "the routers cannot be heard any more");
+            let Some(introducer) = self.0.introducers.get(&port) else { return };
+            if let Err(error) = introducer.listen(|heard| self.learn(port, heard)).await {
+                let wan = self.0.wiring.name(port);
+                tracing::error!(wan, %error, "the routers cannot be heard any more");
             }
         });
     }
 
     /// Gives broadcast and multicast to the users of the network it came from.
-    fn spawn_groups(self) {
+    fn spawn_groups(self, port: u16) {
         tokio::spawn(async move {
+            let Some(groups) = self.0.groups.get(&port) else { return };
             let mut budget = Budget::new(Instant::now());
             let (mut known, mut hearers) = (None, HearersByNetwork::new());
-            let ended = self.0.groups.listen(|group| {
+            let ended = groups.listen(|group| {
                 {
                     let table = &self.core().table;
                     if known != Some(table.hearing()) {
                         (known, hearers) = (Some(table.hearing()), table.hearers());
                     }
                 }
-                if let Some(hearers) = hearers.get(&(WAN_PORT, group.tag)) {
+                if let Some(hearers) = hearers.get(&(port, group.tag)) {
                     self.give(group, hearers, &mut budget);
                 }
             });
             if let Err(error) = ended.await {
-                tracing::error!(wan = self.0.wan.name, %error, "broadcast and multicast cannot be heard any more");
+                let wan = self.0.wiring.name(port);
+                tracing::error!(wan, %error, "broadcast and multicast cannot be heard any more");
             }
         });
     }
@@ -298,7 +320,8 @@ impl Gateway {
         let mut sent = 0;
         let mut room = Vec::new();
         for user in &hearers.users[..granted] {
-            match self.0.copier.send(user.copy(group.frame, &mut room)) {
+            let Some(copier) = self.0.copiers.get(&user.port) else { continue };
+            match copier.send(user.copy(group.frame, &mut room)) {
                 Ok(()) => sent += 1,
                 Err(error) => debug!(?user, %error, "a copy of a group frame could not be sent"),
             }
@@ -308,7 +331,7 @@ impl Gateway {
         not_copied.fetch_add(hearers.users.len() as u64 - sent, Ordering::Relaxed);
     }
 
-    fn learn(&self, heard: Heard) {
+    fn learn(&self, port: u16, heard: Heard) {
         if heard.router == self.0.wiring.virtual_router_mac {
             warn!(
                 ?heard,
@@ -318,7 +341,7 @@ impl Gateway {
         }
         let mut core = self.core();
         let Some(Learned { before, write }) =
-            core.table.heard((WAN_PORT, heard.tag), heard.address, heard.router)
+            core.table.heard((port, heard.tag), heard.address, heard.router)
         else {
             debug!(?heard, "no network's router");
             return;
@@ -336,6 +359,15 @@ impl Gateway {
                 tracing::error!(%error, "the router's MAC could not be written");
             }
             drop(core);
+            self.tell("router", |change| v1::Change {
+                detail: format!(
+                    "{} on interface {} is at {}",
+                    heard.address,
+                    self.0.wiring.name(port),
+                    heard.router
+                ),
+                ..change
+            });
             self.save_soon();
         }
     }
@@ -391,7 +423,13 @@ impl Gateway {
     }
 
     async fn introduce(&self, network: &Asked, users: &[Asker]) -> io::Result<Introduced> {
-        self.0.introducer.introduce(network.place(), users).await
+        let place = network.place();
+        match self.0.introducers.get(&place.port) {
+            Some(introducer) => introducer.introduce(place, users).await,
+            None => {
+                Err(io::Error::new(io::ErrorKind::NotFound, "its WAN interface is not configured any more"))
+            }
+        }
     }
 
     /// Sends on what `migration` holds, to the old network (A) or the new one (B), if it holds anything. Whoever asks meanwhile
@@ -433,8 +471,10 @@ impl Gateway {
             to: (address, port),
             nonce: marker.nonce,
         };
-        self.0.releaser.send(&frame.frame()).map_err(|error| {
-            Status::unavailable(format!("sending the marker on interface {}: {error}", self.0.wan.name))
+        let wan = step.from.spec.port;
+        self.0.releaser.send(wan, &frame.frame()).map_err(|error| {
+            let wan = self.0.wiring.name(wan);
+            Status::unavailable(format!("sending the marker on interface {wan}: {error}"))
         })?;
         Ok(true)
     }
@@ -463,10 +503,10 @@ impl Gateway {
         }
     }
 
-    /// What speaks against the interfaces.
-    fn check_links(&self) -> Vec<v1::Finding> {
+    /// What speaks against the interfaces with these numbers.
+    fn check_links(&self, numbers: &BTreeSet<u16>) -> Vec<v1::Finding> {
         let mut findings = Vec::new();
-        for link in [&self.0.access, &self.0.wan] {
+        for link in numbers.iter().filter_map(|number| Some(&self.0.ports.get(*number)?.link)) {
             let trouble = match link.is_running() {
                 Ok(true) => continue,
                 Ok(false) => format!("interface {} is down or has no carrier", link.name),
@@ -480,11 +520,12 @@ impl Gateway {
 
     /// Asks for the router of `network` as the gateway itself, which introduces nobody.
     async fn check_router(&self, network: &Asked) -> Option<v1::Finding> {
+        let wan = self.0.wiring.name(network.spec.port);
         let nobody = [Asker { mac: None, v4: None, v6: None }];
         let trouble = match self.introduce(network, &nobody).await {
             Ok(Introduced { router: Some(_), .. }) => return None,
             Ok(_) => silent(network),
-            Err(error) => format!("asking for the router on interface {}: {error}", self.0.wan.name),
+            Err(error) => format!("asking for the router on interface {}: {error}", wan),
         };
         let known = network.spec.router_mac.is_some();
         let severity = if known { Severity::Warning } else { Severity::Error };
@@ -494,7 +535,7 @@ impl Gateway {
             format!(
                 "see that the router is up and that the provider carries VLAN {} to interface {}; or give `router_mac`",
                 vid_text(network),
-                self.0.wan.name
+                wan
             )
         };
         Some(self.finding(severity, "router-silent", trouble, remedy))
@@ -502,11 +543,11 @@ impl Gateway {
 
     /// After an introduction: is there a router to send to?
     fn router_or_refuse(&self, network: &Asked, answer: io::Result<Introduced>) -> Result<Mac, Status> {
-        let name = &network.name;
+        let (name, wan) = (&network.name, self.0.wiring.name(network.spec.port));
         let introduced = answer.map_err(|error| {
             Status::failed_precondition(format!(
                 "introducing the users in network `{name}` on interface {}: {error}",
-                self.0.wan.name
+                wan
             ))
         })?;
         if introduced.unanswered > 0 {
@@ -529,133 +570,11 @@ impl Gateway {
                  tags are visible there; or configure `router_mac` of the network",
                 silent(network),
                 vid_text(network),
-                self.0.wan.name,
+                wan,
                 self.0.name,
             ))),
         }
     }
-}
-
-/// A data path that ends with the daemon.
-fn start_unpinned(
-    config: &Config,
-    links: &mut [Link; 2],
-) -> Result<(Core, Introducer, [Promiscuous; 2]), StartError> {
-    let mut plane = Plane::load(&options(config))?;
-    for link in &mut *links {
-        if link.show_tags()? {
-            info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
-        }
-    }
-    set_ports(&mut plane, links)?;
-    let introducer = introducer(links)?;
-    let [access, wan] = links;
-    let promiscuous = [Promiscuous::on(access)?, Promiscuous::on(wan)?];
-    // no user is known yet, so nothing passes
-    plane.attach(Side::Wan, &wan.name, wan.index)?;
-    plane.attach(Side::Access, &access.name, access.index)?;
-    info!(access = access.name, wan = wan.name, "attached in native mode");
-    Ok((Core { table: Table::new(config.max_users), plane }, introducer, promiscuous))
-}
-
-/// A data path that outlives the daemon: the one in `dir`, or a new one.
-fn start_pinned(
-    config: &Config,
-    dir: &Path,
-    links: &mut [Link; 2],
-) -> Result<(Core, Introducer, Store), StartError> {
-    let state_dir = config.state_dir();
-    let (mut store, saved) = Store::open(&state_dir)?;
-    let mut pins = Pins::open(dir, config.max_users)?;
-    let fresh = !pins.adopted();
-    if !fresh && (saved.is_none() || pins.state_id()? != store.id()) {
-        return Err(StartError::OtherState { pins: dir.into(), state: state_dir });
-    }
-    let table = Table::restore(&saved.unwrap_or_default(), config.max_users, fresh)
-        .map_err(|source| StartError::Snapshot { dir: state_dir, source });
-    let started = table.and_then(|table| {
-        let (core, introducer) = bring_up(config, &mut pins, table, links)?;
-        if fresh {
-            store.renew_id()?;
-            store.save(&core.table.snapshot())?;
-            pins.complete(config.max_users, store.id())?;
-        }
-        Ok((core, introducer))
-    });
-    match started {
-        Ok((core, introducer)) => {
-            info!(pin_dir = %dir.display(), taken_over = !fresh, revision = core.table.revision(), "pinned");
-            Ok((core, introducer, store))
-        }
-        Err(error) => {
-            // what was there goes on as it is; what this start began does not stay behind
-            if fresh && let Err(error) = pins::remove(dir) {
-                warn!(error = chain(&error), "taking down what was begun");
-            }
-            Err(error)
-        }
-    }
-}
-
-/// Maps, interfaces and programs as `table` wants them, from whatever state they are in.
-fn bring_up(
-    config: &Config,
-    pins: &mut Pins,
-    mut table: Table,
-    links: &mut [Link; 2],
-) -> Result<(Core, Introducer), StartError> {
-    let mut plane = Plane::load_pinned(&options(config), pins)?;
-    set_ports(&mut plane, links)?;
-    let introducer = introducer(links)?;
-    if pins.adopted() {
-        let switched = table.adopt(|index| plane.switch_word(index), |index| plane.network_words(index));
-        for migration in switched {
-            info!(%migration, "its switch was made just before the last daemon ended");
-        }
-    }
-    let changes = plane.reconcile(&table.contents())?;
-    if pins.adopted() && changes > 0 {
-        info!(changes, "the maps were behind the table");
-    }
-    // what a word named before may be used again
-    grace_period()?;
-
-    let virtual_mac = config.virtual_router_mac.word();
-    let same_virtual_mac = pins.virtual_mac()? == virtual_mac;
-    for (side, link) in [Side::Access, Side::Wan].into_iter().zip(links).rev() {
-        let (noted, changes) = pins.noted(side)?;
-        if noted != link.index
-            && let Err(error) = Link::undo(noted, changes)
-        {
-            warn!(error = chain(&error), "restoring the interface that was used before");
-        }
-        let needed = link.changes_needed()?;
-        pins.note_interface(side, link.index, needed)?;
-        link.change_for_good()?;
-        let attachment = plane.attach_pinned(side, &link.name, link.index, same_virtual_mac, pins)?;
-        info!(interface = link.name, ?attachment, changed = ?needed, "attached in native mode");
-    }
-    pins.set_virtual_mac(virtual_mac)?;
-    Ok((Core { table, plane }, introducer))
-}
-
-const fn options(config: &Config) -> Options {
-    Options {
-        max_users: config.max_users,
-        virtual_router_mac: config.virtual_router_mac,
-        hold: config.hold.bounds(),
-    }
-}
-
-fn introducer([_, wan]: &[Link; 2]) -> Result<Introducer, StartError> {
-    Introducer::open(wan, wan.mac()?)
-        .map_err(|source| StartError::Socket { interface: wan.name.clone(), source })
-}
-
-fn set_ports(plane: &mut Plane, [access, wan]: &[Link; 2]) -> Result<(), StartError> {
-    plane.set_port(ACCESS_PORT, access.index, access.largest_frame()?)?;
-    plane.set_port(WAN_PORT, wan.index, wan.largest_frame()?)?;
-    Ok(())
 }
 
 /// Work that takes long with many users (a million: seconds). This thread's other tasks go on elsewhere meanwhile, among them
@@ -700,7 +619,7 @@ fn silent(network: &Asked) -> String {
 }
 
 /// An error with its causes, as one line.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
@@ -710,7 +629,7 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-fn internal(error: &PlaneError) -> Status {
+pub(crate) fn internal(error: &PlaneError) -> Status {
     let text = chain(error);
     tracing::error!(error = text, "data plane");
     Status::internal(text)
@@ -804,9 +723,9 @@ impl gateway_server::Gateway for Gateway {
         {
             let mut core = self.core();
             // an interface's MTU may have been changed since
-            for (port, link) in [(ACCESS_PORT, &self.0.access), (WAN_PORT, &self.0.wan)] {
+            for Port { number, link, .. } in self.0.ports.iter() {
                 let largest = link.largest_frame().map_err(|e| Status::failed_precondition(chain(&e)))?;
-                core.plane.set_port(port, link.index, largest).map_err(|e| internal(&e))?;
+                core.plane.set_port(*number, link.index, largest).map_err(|e| internal(&e))?;
             }
         }
         let _kept = match &self.0.store {
@@ -835,6 +754,11 @@ impl gateway_server::Gateway for Gateway {
             Ok::<_, Status>(retired)
         })?;
         drop(_kept);
+        self.tell("configured", |change| v1::Change {
+            users: desired.users.len() as u32,
+            detail: format!("revision {}, {} networks", desired.revision, desired.networks.len()),
+            ..change
+        });
         self.retire(retired).await?;
         for network in self.ask_unknown_routers().await {
             warn!("{}; asking on", silent(&network));
@@ -846,31 +770,24 @@ impl gateway_server::Gateway for Gateway {
         &self,
         request: Request<v1::GatewayStatusRequest>,
     ) -> Result<Response<v1::GatewayStatus>, Status> {
-        let caller = require_role(&request, MAY_LOOK)?;
-        if let Peer::Remote { role: Role::Gateway, name } = &caller
-            && *name != self.0.name
-        {
-            return Err(Status::permission_denied(format!(
-                "{caller} may not ask gateway {} about its users",
-                self.0.name
-            )));
-        }
+        self.may_look(&request)?;
         let core = self.core();
-        let interface = |side: Side, link: &Link| v1::InterfaceStatus {
-            role: side.name().into(),
-            name: link.name.clone(),
+        let interface = |port: &Port| v1::InterfaceStatus {
+            role: port.side.name().into(),
+            name: port.link.name.clone(),
             // nothing else is attached, see Plane::attach
-            attach_mode: "native".into(),
+            attach_mode: self.0.mode.name().into(),
         };
-        let counters = core.plane.counters().map_err(|e| internal(&e))?;
+        let interfaces = [Side::Access, Side::Wan].into_iter().flat_map(|side| self.0.ports.of(side));
+        let counters = self.counters(&core).map_err(|e| internal(&e))?;
         let (bounds, held_bytes) = core.plane.holds().usage();
-        let copies = self.0.copies.each_ref().map(|copies| copies.load(Ordering::Relaxed));
+        let windows = self.0.windows.lock().unwrap_or_else(PoisonError::into_inner).status();
         Ok(Response::new(v1::GatewayStatus {
             name: self.0.name.clone(),
             version: env!("CARGO_PKG_VERSION").into(),
             boot_id: self.0.boot_id.clone(),
             revision: core.table.revision(),
-            interfaces: vec![interface(Side::Access, &self.0.access), interface(Side::Wan, &self.0.wan)],
+            interfaces: interfaces.map(interface).collect(),
             networks: core
                 .table
                 .networks()
@@ -900,28 +817,9 @@ impl gateway_server::Gateway for Gateway {
                     guard: user.spec.guard,
                 })
                 .collect(),
-            switches: core
-                .table
-                .switches()
-                .map(|s| v1::SwitchStatus {
-                    switch: s.index.into(),
-                    migration: s.migration.into(),
-                    generation: s.generation,
-                    state: s.state.into(),
-                    from_network: s.from.into(),
-                    to_network: s.to.into(),
-                    users: s.users as u32,
-                    window_ns: s.window_ns,
-                    phase: s.phase.into(),
-                    held: (s.phase != "forward").then(|| core.plane.holds().figures(s.index).into()),
-                })
-                .collect(),
-            counters: counters
-                .into_iter()
-                .map(|(outcome, frames)| (outcome.name(), frames))
-                .chain(GROUP_COUNTERS.into_iter().zip(copies))
-                .map(|(name, frames)| v1::Counter { name: name.into(), frames })
-                .collect(),
+            switches: Self::switches(&core),
+            counters,
+            windows: Some(windows),
             hold: Some(v1::HoldMemory {
                 memory_bytes: bounds.memory.into(),
                 per_user_bytes: bounds.per_user,
@@ -938,17 +836,17 @@ impl gateway_server::Gateway for Gateway {
         require_role(&request, CONTROLLER)?;
         let request = request.into_inner();
         desired::name("migration", &request.migration)?;
-        let (refusals, network) = {
+        let (refusals, network, ports) = {
+            let v1::StageRequest { migration, users, from_network, to_network } = &request;
             let table = &self.core().table;
-            let refusals =
-                table.check(&request.migration, &request.users, &request.from_network, &request.to_network);
-            (refusals, table.network(&request.to_network))
+            let refusals = table.check(migration, users, from_network, to_network);
+            (refusals, table.network(to_network), table.ports_of(users, [from_network, to_network]))
         };
         let mut findings: Vec<_> = refusals
             .iter()
             .map(|r| self.finding(Severity::Error, r.code(), r.to_string(), r.remedy()))
             .collect();
-        let down = self.check_links();
+        let down = self.check_links(&ports);
         if down.is_empty()
             && let Some(network) = network
         {
@@ -986,6 +884,7 @@ impl gateway_server::Gateway for Gateway {
                     ?answer,
                     "staged"
                 );
+                self.tell("staged", |change| v1::Change { what: change.what, ..self.told_of(&migration) });
                 answer
             }
         };
@@ -1030,6 +929,13 @@ impl gateway_server::Gateway for Gateway {
                         store_latency_ns: committed.at_ns.saturating_sub(received_ns),
                     };
                     core.table.switched(&migration, answer);
+                    drop(core);
+                    self.0.windows.lock().unwrap_or_else(PoisonError::into_inner).add(answer.window_ns);
+                    self.tell("switched", |change| v1::Change {
+                        what: change.what,
+                        window_ns: Some(answer.window_ns),
+                        ..self.told_of(&migration)
+                    });
                     answer
                 }
             }
@@ -1077,6 +983,13 @@ impl gateway_server::Gateway for Gateway {
             None => false,
         };
         info!(migration, users = step.users, %address, deadline_ms, again = step.again, took_us, marker_sent, "held");
+        if !step.again {
+            self.tell("held", |change| v1::Change {
+                what: change.what,
+                detail: format!("frames for {address}"),
+                ..self.told_of(&migration)
+            });
+        }
         Ok(Response::new(v1::HoldResponse { users: step.users as u32, marker_sent, took_us }))
     }
 
@@ -1088,6 +1001,7 @@ impl gateway_server::Gateway for Gateway {
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
         self.release(&migration, Selector::A).await?;
+        let told = self.told_of(&migration);
         let ending = migration.clone();
         let (was_switched, held, retired) = self
             .change(move |table| {
@@ -1096,6 +1010,7 @@ impl gateway_server::Gateway for Gateway {
             })
             .await?;
         info!(migration, was_switched, "aborted");
+        self.tell_end("aborted", told, held);
         self.retire(retired).await?;
         Ok(Response::new(v1::AbortSwitchResponse { was_switched, held: held.map(Into::into) }))
     }
@@ -1108,6 +1023,7 @@ impl gateway_server::Gateway for Gateway {
         let migration = request.into_inner().migration;
         desired::name("migration", &migration)?;
         self.release(&migration, Selector::B).await?;
+        let told = self.told_of(&migration);
         let ending = migration.clone();
         let (held, retired) = self
             .change(move |table| {
@@ -1116,6 +1032,7 @@ impl gateway_server::Gateway for Gateway {
             })
             .await?;
         info!(migration, "finished");
+        self.tell_end("finished", told, held);
         self.retire(retired).await?;
         Ok(Response::new(v1::FinishSwitchResponse { held: held.map(Into::into) }))
     }

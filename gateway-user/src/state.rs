@@ -8,6 +8,7 @@
 //! The file and the pinned maps carry the same `id`. A lock keeps a second daemon, or a `detach`, out while one is running.
 
 use std::{
+    collections::BTreeMap,
     fs::{self, File},
     io::{self, Write as _},
     os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _},
@@ -17,10 +18,17 @@ use std::{
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
 
-use crate::table::Snapshot;
+use gateway_ebpf::PORTS;
+
+use crate::{
+    desired::{PORT_STEP, Wiring},
+    table::Snapshot,
+};
 
 /// Version of the file.
-const FORMAT: u32 = 2;
+const FORMAT: u32 = 4;
+/// From this version on the file has a checksum.
+const CHECKED: u32 = 4;
 /// Oldest version that is read: of the first, every field means what it did.
 const OLDEST: u32 = 1;
 
@@ -70,7 +78,13 @@ pub enum StateError {
 #[serde(deny_unknown_fields)]
 struct Saved<T> {
     format: u32,
+    /// CRC-32 of the file with eight zeros in this place, for JSON with a flipped bit may still be JSON; none in older formats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    crc: Option<String>,
     id: String,
+    /// The interfaces that the table's ports were; none of them where there was one on each side.
+    #[serde(default = "BTreeMap::new", skip_serializing_if = "BTreeMap::is_empty")]
+    interfaces: BTreeMap<u16, String>,
     table: T,
 }
 
@@ -80,12 +94,32 @@ struct AnyFormat {
     format: u32,
 }
 
+/// Where the checksum's digits stand: its key is the second of the file, as written by [`Store::save`].
+fn crc_place(text: &[u8]) -> Option<std::ops::Range<usize>> {
+    const KEY: &[u8] = b",\"crc\":\"";
+    let head = &text[..text.len().min(64)];
+    let start = head.windows(KEY.len()).position(|w| w == KEY)? + KEY.len();
+    (start + 8 <= text.len()).then_some(start..start + 8)
+}
+
+/// CRC-32 of the file with zeros in the checksum's place.
+fn checksum(text: &[u8]) -> String {
+    let place = crc_place(text).unwrap_or(0..0);
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&text[..place.start]);
+    crc.update(&b"00000000"[..place.len()]);
+    crc.update(&text[place.end..]);
+    format!("{:08x}", crc.finalize())
+}
+
 /// The state directory, locked.
 #[derive(Debug)]
 pub struct Store {
     file: PathBuf,
     dir: PathBuf,
     id: u64,
+    /// The interfaces by port, where there are several on a side.
+    interfaces: BTreeMap<u16, String>,
     _lock: Flock<File>,
 }
 
@@ -114,7 +148,13 @@ impl Store {
             e => failed("locking", &lock, e.into()),
         })?;
 
-        let mut store = Self { file: dir.join("table.json"), dir: dir.into(), id: 0, _lock: held };
+        let mut store = Self {
+            file: dir.join("table.json"),
+            dir: dir.into(),
+            id: 0,
+            interfaces: BTreeMap::new(),
+            _lock: held,
+        };
         let text = match fs::read(&store.file) {
             Ok(text) => text,
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((store, None)),
@@ -126,15 +166,45 @@ impl Store {
             return Err(StateError::Format { path: store.file, found: format });
         }
         let saved: Saved<Snapshot> = serde_json::from_slice(&text).map_err(damaged)?;
+        if saved.crc.is_some() != (format >= CHECKED) || saved.crc.is_some_and(|crc| crc != checksum(&text)) {
+            return Err(damaged(serde::de::Error::custom("it is not what was written (checksum)")));
+        }
         let id = u64::from_str_radix(&saved.id, 16)
             .map_err(|e| damaged(serde::de::Error::custom(format!("id `{}`: {e}", saved.id))))?;
         store.id = id;
+        store.interfaces = saved.interfaces;
         Ok((store, Some(saved.table)))
     }
 
     /// What the file has in common with its maps; 0: nothing saved yet.
     pub const fn id(&self) -> u64 {
         self.id
+    }
+
+    /// What was saved, for interfaces that may have other places now: who was on one that has moved is behind its new port; a
+    /// place whose interface is another one now keeps its users, as after the change of a card, unless that other one had
+    /// users before; and whose interface is gone is behind none. From now on these interfaces are saved with the table.
+    pub fn rewire(&mut self, wiring: &Wiring, mut saved: Snapshot) -> Snapshot {
+        let now = wiring.by_port();
+        let before = std::mem::take(&mut self.interfaces);
+        let port_now = |port: u16| {
+            let same_side = |other: &u16| other % PORT_STEP == port % PORT_STEP;
+            let Some(name) = before.get(&port) else { return port };
+            let moved = now.iter().find(|(other, interface)| same_side(other) && *interface == name);
+            if let Some((port, _)) = moved {
+                return *port;
+            }
+            if now.get(&port).is_some_and(|other| !before.values().any(|known| known == other)) {
+                return port;
+            }
+            let unused = |other: &u16| same_side(other) && !now.contains_key(other);
+            (0..PORTS as u16).rev().find(unused).unwrap_or(port)
+        };
+        saved.move_ports(port_now);
+        if wiring.access.len() > 1 || wiring.wan.len() > 1 {
+            self.interfaces = now;
+        }
+        saved
     }
 
     /// From now on it goes with other maps.
@@ -161,7 +231,8 @@ impl Store {
             let path = path.to_path_buf();
             move |source| StateError::File { what, path, source }
         };
-        let saved = Saved { format: FORMAT, id: format!("{:016x}", self.id), table: snapshot };
+        let (id, interfaces) = (format!("{:016x}", self.id), self.interfaces.clone());
+        let saved = Saved { format: FORMAT, crc: Some("0".repeat(8)), id, interfaces, table: snapshot };
         let mut file = fs::OpenOptions::new()
             .create(true)
             .truncate(true)
@@ -169,7 +240,11 @@ impl Store {
             .mode(0o600)
             .open(&new)
             .map_err(failed("opening", &new))?;
-        let text = serde_json::to_vec(&saved).map_err(|e| failed("writing", &new)(e.into()))?;
+        let mut text = serde_json::to_vec(&saved).map_err(|e| failed("writing", &new)(e.into()))?;
+        let crc = checksum(&text);
+        if let Some(place) = crc_place(&text) {
+            text[place].copy_from_slice(crc.as_bytes());
+        }
         file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed("writing", &new))?;
         fs::rename(&new, &self.file).map_err(failed("renaming to", &self.file))?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed("syncing", &self.dir))
@@ -197,6 +272,54 @@ mod tests {
     }
 
     #[test]
+    fn who_is_behind_an_interface_stays_there_when_it_gets_another_place() {
+        let mac = crate::mac::Mac([2; 6]);
+        let wiring = |access: &[&str]| Wiring {
+            virtual_router_mac: mac,
+            access: access.iter().map(ToString::to_string).collect(),
+            wan: vec!["w".into()],
+        };
+        let user = |port: u16| {
+            format!(
+                r#""u{port}": {{"slot": {}, "port": {port}, "addresses": ["10.1.0.{port}"], "network": "n"}}"#,
+                port
+            )
+        };
+        let users = [1, 3, 5].map(user).join(",");
+        let text = format!(
+            r#"{{"revision": 1, "generation": 1, "switches": {{}}, "past": [],
+                "networks": {{"n": {{"index": 1}}}}, "users": {{{users}}}}}"#
+        );
+        let saved: Snapshot = serde_json::from_str(&text).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        let same = store.rewire(&wiring(&["a", "b", "c"]), saved.clone());
+        assert_eq!(same, saved);
+        store.save(&saved).unwrap();
+        drop(store);
+        // (interfaces now, where those of a, b and c are then)
+        for (now, ports) in [
+            (&["c", "a", "b"][..], [3, 5, 1]),
+            (&["a", "x", "c"], [1, 3, 5]),
+            (&["b", "c"], [15, 1, 3]),
+            (&["a", "b", "c", "d"], [1, 3, 5]),
+        ] {
+            let (mut store, found) = Store::open(dir.path()).unwrap();
+            let moved = serde_json::to_value(store.rewire(&wiring(now), found.unwrap())).unwrap();
+            // a first access port is not written
+            let port = |name: &str| moved["users"][name]["port"].as_u64().unwrap();
+            assert_eq!(["u1", "u3", "u5"].map(port), ports, "{now:?}");
+        }
+        let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
+        assert!(one.starts_with("{\"format\":4"), "{one}");
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        store.rewire(&wiring(&["a"]), Snapshot::default());
+        store.save(&Snapshot::default()).unwrap();
+        let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
+        assert!(one.starts_with("{\"format\":4") && !one.contains("interfaces"), "{one}");
+    }
+
+    #[test]
     fn a_half_written_new_file_changes_nothing_and_a_damaged_one_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let (store, _) = Store::open(dir.path()).unwrap();
@@ -211,7 +334,55 @@ mod tests {
             let error = Store::open(dir.path()).unwrap_err();
             assert!(matches!(error, StateError::Damaged { .. }), "{bad}: {error}");
         }
-        fs::write(&file, "{\"format\": 3, \"rest\": []}").unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 3, .. })));
+        fs::write(&file, "{\"format\": 5, \"rest\": []}").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 5, .. })));
+    }
+
+    #[test]
+    fn any_octet_that_changes_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        store.renew_id().unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        drop(store);
+        let file = dir.path().join("table.json");
+        let good = fs::read(&file).unwrap();
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                fs::write(&file, &bad).unwrap();
+                let error = Store::open(dir.path()).expect_err("a flipped bit");
+                assert!(
+                    matches!(error, StateError::Damaged { .. } | StateError::Format { .. }),
+                    "octet {at}, bit {bit}: {error}"
+                );
+            }
+            fs::write(&file, &good[..at]).unwrap();
+            let error = Store::open(dir.path()).expect_err("cut off");
+            assert!(matches!(error, StateError::Damaged { .. }), "cut at {at}: {error}");
+        }
+        fs::write(&file, &good).unwrap();
+        assert!(Store::open(dir.path()).unwrap().1.is_some());
+    }
+
+    #[test]
+    fn where_there_is_no_room_the_old_file_stands() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        let good = fs::read(dir.path().join("table.json")).unwrap();
+        // what a full disk and one that may not be written look like: /dev/full, and a directory in the file's place
+        let new = dir.path().join("table.json.new");
+        std::os::unix::fs::symlink("/dev/full", &new).unwrap();
+        let error = store.save(&Snapshot::default()).unwrap_err();
+        assert!(matches!(error, StateError::File { what: "writing", .. }), "{error}");
+        fs::remove_file(&new).unwrap();
+        fs::create_dir(&new).unwrap();
+        let error = store.save(&Snapshot::default()).unwrap_err();
+        assert!(matches!(error, StateError::File { what: "opening", .. }), "{error}");
+        assert_eq!(fs::read(dir.path().join("table.json")).unwrap(), good);
+        fs::remove_dir(&new).unwrap();
+        store.save(&Snapshot::default()).unwrap();
     }
 }

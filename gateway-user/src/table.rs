@@ -32,7 +32,7 @@
 //! - `Configure` neither removes nor changes a user or network of a switch, and never moves a user.
 
 use std::{
-    collections::{BTreeMap, HashMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, HashMap, VecDeque},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -956,6 +956,19 @@ impl Table {
         }
         let (index, router) = (network.index, network.router_word());
         Some(Learned { before, write: news.then_some(Write::NetworkRouter { index, router }) })
+    }
+
+    /// The ports that these users and networks are behind, as far as they are known.
+    pub fn ports_of(&self, users: &[String], networks: [&str; 2]) -> BTreeSet<u16> {
+        let users = users.iter().filter_map(|name| Some(self.users.get(name.as_str())?.spec.port));
+        users.chain(networks.iter().filter_map(|name| Some(self.networks.get(*name)?.spec.port))).collect()
+    }
+
+    /// What a watcher is told of a switch that is under way: old and new network, how many users, and the first few of them.
+    pub fn told_of(&self, migration: &str, few: usize) -> Option<(&str, &str, usize, Vec<String>)> {
+        let switch = self.switches.get(migration)?;
+        let names = switch.users.iter().take(few).map(ToString::to_string).collect();
+        Some((&switch.from, &switch.to, switch.users.len(), names))
     }
 
     /// A network by name, as the introduction needs it.

@@ -555,7 +555,8 @@ fn no_frame_is_under_way_past_the_marker_however_often_and_fast() {
             plane.set_port(side.port(), link.index, 1514).unwrap();
             plane.attach(side, &link.name, link.index).unwrap();
         }
-        let releaser = Releaser::open(Arc::clone(plane.holds()), VIRTUAL, &wan).unwrap();
+        let ways = vec![(Side::Wan.port(), Releaser::way(&wan).unwrap())];
+        let releaser = Releaser::open(Arc::clone(plane.holds()), VIRTUAL, ways);
         let mut request = configuration();
         request.networks[0].router_mac = Some(ROUTER1.to_string());
         let desired = Desired::new(&request, &handover_gateway::desired::Wiring::single(VIRTUAL)).unwrap();
@@ -592,7 +593,7 @@ fn no_frame_is_under_way_past_the_marker_however_often_and_fast() {
                 to: (V, MARKER),
                 nonce: number,
             };
-            releaser.send(&marker.frame()).unwrap();
+            releaser.send(Side::Wan.port(), &marker.frame()).unwrap();
             while holds.figures(staged.switch).frames < 3 {
                 thread::yield_now();
             }

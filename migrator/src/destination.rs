@@ -12,7 +12,7 @@
 //! decides, not a notification (at `post-restore` it can still fail). A restarted daemon keeps a copy that was voted for,
 //! and discards every other.
 
-use std::{net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
+use std::{collections::HashSet, net::Ipv4Addr, path::Path, sync::Arc, time::Duration};
 
 use handover_api::v1::{ImageChunk, PageBytes, ReserveRequest, RestoreRequest};
 use nix::sys::signal::Signal;
@@ -287,8 +287,9 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
         );
         return Err(discard_after(node, &migration, &mut live, Failure::new(Code::Aborted, words)).await);
     }
+    let lived: HashSet<timers::Place> = request.timers.iter().map(|t| (t.pid, t.fd)).collect();
     let worked = tokio::select! {
-        worked = restore_steps(node, &migration, &mut live, &mut clock) => worked,
+        worked = restore_steps(node, &migration, &mut live, &mut clock, &lived) => worked,
         () = migration.cancelled() => Err(Failure::new(Code::Aborted, "aborted while it was being restored")),
     };
     let voted = worked.and_then(|()| {
@@ -302,7 +303,13 @@ pub async fn restore(node: &Arc<Node>, request: RestoreRequest) -> Answer<(u32, 
     Ok((d.pid, d.steps.clone()))
 }
 
-async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, clock: &mut Clock) -> Answer<()> {
+async fn restore_steps(
+    node: &Node,
+    migration: &Migration,
+    live: &mut Live,
+    clock: &mut Clock,
+    lived: &HashSet<timers::Place>,
+) -> Answer<()> {
     let (_, d) = part(live).ok_or_else(|| unknown(&migration.id))?;
     let (pid, cgroup) = (d.pid, d.cgroup.clone());
     let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("criu swrk is not running"))?;
@@ -331,7 +338,7 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
                 let kept = fetch.hold().await.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
                 tracing::info!(migration = migration.id, kept, "userfault descriptors");
             }
-            let held = clock.step("freezer", hold(swrk, &cgroup, pid)).await;
+            let held = clock.step("freezer", hold(swrk, &cgroup, pid, lived)).await;
             let armed = held.map_err(|e| Failure::new(Code::Aborted, chain(&e)))?;
             if armed > 0 {
                 tracing::info!(migration = migration.id, armed, "expired timers armed");
@@ -354,7 +361,7 @@ async fn restore_steps(node: &Node, migration: &Migration, live: &mut Live, cloc
 
 /// CRIU's final response comes when it has sent the stop signals, not when they have taken effect: the freezer says when
 /// all stands still, and keeps it so against a stray SIGCONT. Then what CRIU left undone is done.
-async fn hold(swrk: &mut Swrk, cgroup: &Path, pid: u32) -> Result<usize> {
+async fn hold(swrk: &mut Swrk, cgroup: &Path, pid: u32, lived: &HashSet<timers::Place>) -> Result<usize> {
     if !swrk.wait_exit(freezer::PATIENCE).await {
         return Err(Error::other(format!("criu swrk (pid {}) does not end", swrk.pid())));
     }
@@ -363,7 +370,7 @@ async fn hold(swrk: &mut Swrk, cgroup: &Path, pid: u32) -> Result<usize> {
     if !tree.contains(&pid) {
         return Err(Error::other(format!("the copy (pid {pid}) ended at once")));
     }
-    timers::rearm(&tree)
+    timers::rearm(&tree, lived)
 }
 
 /// Step 14. COMMIT: the copy becomes the service.

@@ -19,11 +19,15 @@
 //! notice: between fence and freeze, a few milliseconds.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
     ffi::{CStr, CString},
     io,
     net::Ipv4Addr,
-    os::fd::{AsRawFd as _, BorrowedFd, OwnedFd},
+    os::{
+        fd::{AsRawFd as _, BorrowedFd, OwnedFd},
+        unix::fs::MetadataExt as _,
+    },
+    sync::{Mutex, PoisonError},
 };
 
 use nftnl::{
@@ -128,24 +132,24 @@ pub fn lift(migration: &str) -> Result<()> {
 /// # Errors
 /// nftables is missing.
 pub fn list() -> Result<BTreeSet<String>> {
-    let failed = |e| Error::io("listing", "nftables tables")(e);
-    let socket = netlink().map_err(failed)?;
     let request = nftnl::table::get_tables_nlmsg(0);
     // the message's own length stands in its header; the buffer behind it is only room
     let length = u32::from_ne_bytes([request[0], request[1], request[2], request[3]]) as usize;
-    socket.send(&request[..length]).map_err(failed)?;
-    let mut names = std::collections::HashSet::<CString>::new();
-    let mut buffer = vec![0; nftnl::nft_nlmsg_maxsize() as usize];
-    'dump: loop {
-        for message in socket.recv(&mut buffer).map_err(failed)? {
-            let message = message.map_err(failed)?;
-            let run = mnl::cb_run2(message, 0, socket.portid(), nftnl::table::get_tables_cb, &mut names)
-                .map_err(failed)?;
-            if matches!(run, mnl::CbResult::Stop) {
-                break 'dump;
+    let listed = with_socket(|socket| {
+        socket.send(&request[..length])?;
+        let mut names = std::collections::HashSet::<CString>::new();
+        let mut buffer = vec![0; nftnl::nft_nlmsg_maxsize() as usize];
+        loop {
+            for message in socket.recv(&mut buffer)? {
+                let portid = socket.portid();
+                let run = mnl::cb_run2(message?, 0, portid, nftnl::table::get_tables_cb, &mut names)?;
+                if matches!(run, mnl::CbResult::Stop) {
+                    return Ok(names);
+                }
             }
         }
-    }
+    });
+    let names = listed.map_err(Error::io("listing", "nftables tables"))?;
     Ok(names.iter().filter_map(|n| Some(n.to_str().ok()?.strip_prefix(PREFIX)?.to_owned())).collect())
 }
 
@@ -285,33 +289,55 @@ pub fn close_aside(socket: OwnedFd) {
     let _ = std::thread::Builder::new().name("close".into()).spawn(move || drop(socket));
 }
 
-fn netlink() -> io::Result<mnl::Socket> {
-    let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
-    close_on_exec(&socket)?;
-    Ok(socket)
+/// A netlink socket to nftables that stays open: closing one keeps every other transaction of the network namespace
+/// waiting until no processor uses what was changed before (`nft_rcv_nl_event` in net/netfilter/nf_tables_api.c holds the
+/// commit mutex meanwhile), 5 to 20 ms between the two rules that a service waits for.
+struct Lasting(mnl::Socket);
+
+// SAFETY: libmnl's socket is a descriptor and an address in memory of its own, used by one thread at a time
+unsafe impl Send for Lasting {}
+
+/// By network namespace (device and inode).
+static SOCKETS: Mutex<BTreeMap<(u64, u64), Lasting>> = Mutex::new(BTreeMap::new());
+
+/// Lets `with` use the socket of this thread's network namespace. After an error it is not used again: answers may be
+/// left in it.
+fn with_socket<T>(with: impl FnOnce(&mnl::Socket) -> io::Result<T>) -> io::Result<T> {
+    let here = std::fs::metadata("/proc/thread-self/ns/net")?;
+    let mut sockets = SOCKETS.lock().unwrap_or_else(PoisonError::into_inner);
+    let socket = match sockets.entry((here.dev(), here.ino())) {
+        Entry::Occupied(open) => open.into_mut(),
+        Entry::Vacant(place) => {
+            let socket = mnl::Socket::new(mnl::Bus::Netfilter)?;
+            close_on_exec(&socket)?;
+            place.insert(Lasting(socket))
+        }
+    };
+    let done = with(&socket.0);
+    if done.is_err()
+        && let Some(Lasting(socket)) = sockets.remove(&(here.dev(), here.ino()))
+        && let Ok(last) = descriptor(&socket).try_clone_to_owned()
+    {
+        drop(socket);
+        close_aside(last);
+    }
+    done
 }
 
 fn send(batch: &FinalizedBatch) -> io::Result<()> {
-    let socket = netlink()?;
-    let last = descriptor(&socket).try_clone_to_owned()?;
-    let sent = exchange(&socket, batch);
-    drop(socket);
-    close_aside(last);
-    sent
-}
-
-fn exchange(socket: &mnl::Socket, batch: &FinalizedBatch) -> io::Result<()> {
-    socket.send_all(batch)?;
-    let portid = socket.portid();
-    let mut buffer = vec![0; nftnl::nft_nlmsg_maxsize() as usize];
-    let mut expected = batch.sequence_numbers();
-    while !expected.is_empty() {
-        for message in socket.recv(&mut buffer)? {
-            let Some(seq) = expected.next() else { return Ok(()) };
-            mnl::cb_run(message?, seq, portid)?;
+    with_socket(|socket| {
+        socket.send_all(batch)?;
+        let portid = socket.portid();
+        let mut buffer = vec![0; nftnl::nft_nlmsg_maxsize() as usize];
+        let mut expected = batch.sequence_numbers();
+        while !expected.is_empty() {
+            for message in socket.recv(&mut buffer)? {
+                let Some(seq) = expected.next() else { return Ok(()) };
+                mnl::cb_run(message?, seq, portid)?;
+            }
         }
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 #[cfg(test)]

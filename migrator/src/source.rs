@@ -1,7 +1,7 @@
 //! The server a service comes from.
 //!
 //! ```text
-//! prepare: preflight, Reserve at the destination, a cgroup of its own, criu swrk
+//! prepare: preflight, Reserve at the destination, a cgroup of its own, criu swrk, which asks `pre-dump` and waits
 //! freeze:  markers, queues read -> SYN fence, drain -> fence -> dump, images on their way meanwhile -> freezer -> rest of the
 //!          images -> Restore at the destination -> v leaves -> VOTE
 //! yield:   the right to go back alone is given up
@@ -34,8 +34,9 @@ use std::{
 use handover_api::{
     tls::Role as TlsRole,
     v1::{
-        DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse, ReceiveResponse,
-        ReserveRequest, RestoreRequest, Server, ServiceSpec, migrator_peer_client::MigratorPeerClient,
+        Descriptor, DiscardRequest, FreezeRequest, FreezeResponse, PrepareRequest, PrepareResponse,
+        ReceiveResponse, ReserveRequest, RestoreRequest, Server, ServiceSpec,
+        migrator_peer_client::MigratorPeerClient,
     },
 };
 use nix::sys::signal::Signal;
@@ -55,13 +56,16 @@ use crate::{
     postcopy, preflight,
     process::{self, Identity},
     record::{Record, Role, Source, Vote},
-    sockets,
+    sockets, timers,
     transfer::{self, Volume},
 };
 
 /// Longest wait for handshakes, accept queues and closing connections to drain under the SYN fence. A handshake takes a
 /// round trip; what is not done by then is reported, or fails the dump.
 const DRAIN: Duration = Duration::from_millis(250);
+
+/// CRIU's question before it touches the tasks (include/action-scripts.h in CRIU).
+const PRE_DUMP: &str = "pre-dump";
 
 /// How often the queues are looked at meanwhile: the kernel offers no event for "accepted".
 const DRAIN_LOOK: Duration = Duration::from_millis(2);
@@ -256,8 +260,27 @@ async fn make_ready(
         criu::write_pages_config(&images, pages.as_raw_fd()).map_err(failed)?;
     }
     let swrk = Swrk::spawn_with(&node.config.criu, &cgroup, &images.join(criu::STDERR), pages).await;
-    live.swrk = Some(swrk.map_err(failed)?);
-    Ok(())
+    let swrk = live.swrk.insert(swrk.map_err(failed)?);
+    // all that CRIU does before it touches the tasks is done now, so that nobody waits for it later
+    let begun = tokio::time::timeout(CRIU_PATIENCE, begin_dump(swrk, pid, &images, live.needs)).await;
+    let late = || Error::other(format!("CRIU was not ready to dump in {} s", CRIU_PATIENCE.as_secs()));
+    begun.unwrap_or_else(|_| Err(late())).map_err(|e| {
+        let reason = node.criu_failure(&migration.id, criu::DUMP_LOG);
+        Failure::new(Code::Aborted, format!("prepare: {}: {reason}", chain(&e)))
+    })
+}
+
+/// Has CRIU begin to dump, up to the question `pre-dump`, which waits for its answer. Unanswered it touches nothing, and ends
+/// when its socket is closed.
+async fn begin_dump(swrk: &mut Swrk, pid: u32, images: &Path, needs: Needs) -> Result<()> {
+    swrk.dump(pid, images, needs).await?;
+    loop {
+        match swrk.event().await? {
+            Event::Notify(point) if point == PRE_DUMP => return Ok(()),
+            Event::Notify(_) => swrk.answer(true).await?,
+            Event::Final { .. } => return Err(Error::other("CRIU does not dump")),
+        }
+    }
 }
 
 type Peer = MigratorPeerClient<tonic::transport::Channel>;
@@ -495,30 +518,14 @@ async fn dump(node: &Arc<Node>, migration: &Migration, live: &mut Live, clock: &
     let swrk = live.swrk.as_mut().ok_or_else(|| Failure::refused("dump: criu swrk is not running"))?;
     // looked at before anything stands still: it takes the longer the more connections there are
     let owned = process::sockets(&freezer::procs(&placement.dir).map_err(failed)?);
+    // failed, CRIU has not touched the tasks yet, and will not once its socket is closed
+    let fence = fence_off(&migration.id, v, &owned, clock).await.map_err(|e| Failure::at("fence", &e))?;
+    let dump_started = Instant::now();
     // until its final response it may have the sockets in repair mode
     live.broken = true;
-    let asked = Instant::now();
-    swrk.dump(pid, &images, needs).await.map_err(died)?;
-    let mut fence = Fenced::default();
-    let mut dump_started = Instant::now();
+    swrk.answer(true).await.map_err(died)?;
     loop {
         match swrk.event().await.map_err(died)? {
-            Event::Notify(point) if point == "pre-dump" => {
-                clock.note("criu", asked);
-                let fenced = fence_off(&migration.id, v, &owned, clock).await;
-                match fenced {
-                    Ok(fenced) => fence = fenced,
-                    Err(e) => {
-                        // CRIU has not touched the tasks yet, and now will not
-                        swrk.answer(false).await.map_err(failed)?;
-                        swrk.finish(false, CRIU_PATIENCE).await.map_err(failed)?;
-                        live.broken = false;
-                        return Err(Failure::at("fence", &e));
-                    }
-                }
-                dump_started = Instant::now();
-                swrk.answer(true).await.map_err(failed)?;
-            }
             Event::Notify(point) if point == "post-dump" => {
                 live.held = true;
                 clock.note("dump", dump_started);
@@ -632,16 +639,23 @@ async fn move_over(
     let (v, peer_name) = (record.address, source.peer.clone());
     let tree_dir = source.placement.as_ref().map(|p| p.dir.clone()).unwrap_or_default();
     // beside the work: it takes the longer the more there are
+    let timing = tokio::task::spawn_blocking({
+        let tree_dir = tree_dir.clone();
+        move || timers::living(&freezer::procs(&tree_dir)?)
+    });
     let counting = tokio::task::spawn_blocking(move || connections(&tree_dir));
     let volume = clock.step("copy", copying.finish(&peer_name)).await?;
     let peer = live
         .peer
         .as_mut()
         .ok_or_else(|| Failure::refused("restore: there is no connection to the destination"))?;
+    let living = timing.await.map_err(|e| Failure::new(Code::Internal, format!("copy: {e}")))?;
+    let living = living.map_err(|e| Failure::at("copy", &e))?;
     let restore = RestoreRequest {
         migration: migration.id.clone(),
         image_bytes: volume.bytes,
         image_files: volume.files,
+        timers: living.into_iter().map(|(pid, fd)| Descriptor { pid, fd }).collect(),
     };
     clock
         .part("restore", async {

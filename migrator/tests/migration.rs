@@ -66,7 +66,7 @@ fn config(host: &Host, control: &str, migration: &str, pki: &Path, lease: u64) -
 }
 
 impl World {
-    fn new(lease: u64) -> anyhow::Result<Self> {
+    fn new(lease: u64, film: &[&str]) -> anyhow::Result<Self> {
         let mut lab = Lab::new()?;
         let [viewer, a, b, control] = ["viewer", "a", "b", "control"].map(|n| lab.add_host(n));
         let (viewer, a, b, control) = (viewer?, a?, b?, control?);
@@ -96,7 +96,10 @@ impl World {
             host.write("/run/migrator.toml", config(host, control, migration, &pki, lease))?;
         }
         a.spawn(
-            &Program::new(program("film-server")?).args(["--listen", &format!("{V}:8080")]).min_pid(PID),
+            &Program::new(program("film-server")?)
+                .args(["--listen", &format!("{V}:8080")])
+                .args(film)
+                .min_pid(PID),
         )?;
         let mut watching = None;
         // the server may not listen yet: the viewer says so by ending
@@ -360,7 +363,12 @@ fn soon(check: impl Fn() -> anyhow::Result<()>) -> anyhow::Result<()> {
 
 /// Plays `scenario`; when it fails, with the daemons' logs.
 fn play(lease: u64, scenario: impl FnOnce(&mut World) -> anyhow::Result<()>) {
-    match World::new(lease) {
+    play_with(lease, &[], scenario);
+}
+
+/// The same with a film server of these options.
+fn play_with(lease: u64, film: &[&str], scenario: impl FnOnce(&mut World) -> anyhow::Result<()>) {
+    match World::new(lease, film) {
         Err(e) => panic!("{e:?}"),
         Ok(mut world) => {
             if let Err(e) = scenario(&mut world) {
@@ -400,7 +408,6 @@ fn forth_and_back_and_every_call_twice() {
         println!("{frozen:#?}");
         let names: Vec<&str> = frozen.steps.iter().map(|s| s.name.as_str()).collect();
         let expected = [
-            "criu",
             "drain",
             "fence",
             "dump",
@@ -781,4 +788,37 @@ impl StopAtOnce for Process {
         self.signal(Signal::SIGKILL)?;
         self.wait().map(drop)
     }
+}
+
+/// CRIU looks at a timer in the instant in which it runs out: with so many at all phases it does so now and then: unmended, once in 80 migrations here.
+#[test]
+fn all_timers_of_a_busy_process_go_on() {
+    /// Descriptors of timerfds of the service that neither run nor wait to be read.
+    fn dead(host: &Host) -> anyhow::Result<Vec<String>> {
+        let dir = host.path(format!("/proc/{PID}/fdinfo"));
+        let mut dead = Vec::new();
+        for entry in std::fs::read_dir(&dir)?.flatten() {
+            let text = std::fs::read_to_string(entry.path())?;
+            if text.contains("it_value: (0, 0)") && text.contains("ticks: 0\n") {
+                dead.push(format!("{}: {text}", entry.path().display()));
+            }
+        }
+        Ok(dead)
+    }
+
+    play_with(10, &["--timers", "800"], |w| {
+        let (a, b) = (w.a.clone(), w.b.clone());
+        for (i, (from, to)) in [(&a, &b), (&b, &a)].into_iter().cycle().take(12).enumerate() {
+            w.move_over(from, to, &format!("m{i}"))?;
+            w.goes_on()?;
+            // one that runs out right now looks dead for an instant only
+            soon(|| {
+                let dead = dead(to)?;
+                ensure!(dead.is_empty(), "{} timers of migration m{i} are dead: {dead:?}", dead.len());
+                Ok(())
+            })?;
+            w.soon_clean(to, from)?;
+        }
+        Ok(())
+    });
 }

@@ -9,7 +9,7 @@
 //! preflight   source                         controller: requested
 //! stage       gateway                        controller: staging          (its preflight was answered before)
 //! prepare     source                         controller: staging
-//! fence       CRIU at the source             source: freezing
+//! fence       CRIU at the source             source: fence done           (CRIU has not begun)
 //! dump        CRIU at the source, later      source: fence done
 //! copy        destination                    source: dump done            (more than fits into the windows is to be sent)
 //! restore     CRIU at the destination        destination: restoring
@@ -572,7 +572,7 @@ impl<'a> Led<'a> {
             self.go_on("gateway")?;
             self.migrator(source, "freezing")?;
             match at {
-                At::Fence => {}
+                At::Fence => self.reached(source, &["step=\"fence\""])?,
                 At::Dump => {
                     self.go(source, &criu)?;
                     self.reached(source, &["step=\"fence\""])?;

@@ -805,7 +805,7 @@ impl Client {
             self.process.stdin = None;
         }
         match self.next_report() {
-            Err(e) => self.last.clone().ok_or(e),
+            Err(e) if self.process.stdin.is_none() => self.last.clone().ok_or(e),
             report => report,
         }
     }

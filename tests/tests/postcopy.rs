@@ -12,8 +12,8 @@ const POLICY: &str = "[memory]\nmode = \"post-copy\"\nallow_post_copy = true\n";
 
 #[test]
 fn memory_follows_the_copy_and_nothing_is_left_behind() {
-    let _pipes = LargePipes::raise().unwrap();
     let topology = Topology::new().unwrap();
+    let _pipes = LargePipes::raise().unwrap(); // while no other lab can be
     topology.configure_migrators(POLICY).unwrap();
     let mut play = Play::start_load(topology, 64, 20).unwrap();
     let before = play.residues().unwrap();
@@ -33,8 +33,8 @@ fn memory_follows_the_copy_and_nothing_is_left_behind() {
 
 #[test]
 fn a_copy_whose_memory_can_no_longer_follow_is_killed_and_said_to_be() {
-    let _pipes = LargePipes::raise().unwrap();
     let topology = Topology::new().unwrap();
+    let _pipes = LargePipes::raise().unwrap(); // while no other lab can be
     topology.configure_migrators(POLICY).unwrap();
     let play = Play::start_load(topology, 2048, 2).unwrap();
     let (main, backup) =

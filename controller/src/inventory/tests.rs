@@ -83,7 +83,7 @@ const BAD: &[(&str, &str, &str)] = &[
     (
         "vid = 2",
         "vlan = 2",
-        "line 7: unknown field `vlan`, expected one of `name`, `vid`, `tpid`, `pcp`, `router_address`, `router_address6`, `router_mac`",
+        "line 7: unknown field `vlan`, expected one of `name`, `vid`, `tpid`, `pcp`, `router_address`, `router_address6`, `router_mac`, `wan`",
     ),
     ("vid = 2", "vid = ", "line 7: "),
     (
@@ -369,6 +369,16 @@ fn a_network_can_have_a_service_tag_and_a_user_be_known_by_a_tag() {
         ),
         ("pcp = 5", "pcp = 8", "network carrier: pcp = 8 is no priority; use 0 to 7, or leave pcp out"),
         (
+            "pcp = 5",
+            "wan = \"eth4/\"",
+            "network carrier: wan = \"eth4/\" is no name of a network interface; give one of the gateway's",
+        ),
+        (
+            "tag = 7",
+            "interface = \"an-interface-too-long\"",
+            "user hanako: interface = \"an-interface-too-long\" is no name of a network interface",
+        ),
+        (
             "\"fe80::1\"",
             "\"2001:db8::1\"",
             "router_address6 = \"2001:db8::1\" is no link-local IPv6 address; write it like fe80::1",
@@ -398,6 +408,10 @@ fn a_network_can_have_a_service_tag_and_a_user_be_known_by_a_tag() {
         "{found}"
     );
     assert!(parse(&format!("{LAB}{MORE}{}", third.replace("tag = 7", "tag = 8"))).is_ok());
+    // the same tag on another interface is another user's
+    let there = third.replace("tag = 7", "tag = 7\ninterface = \"eth3\"");
+    let inv = parse(&format!("{LAB}{MORE}{there}")).unwrap();
+    assert_eq!(inv.users["jiro"].interface, "eth3");
 }
 
 #[test]

@@ -113,6 +113,18 @@ enum EndedRecord {
     },
 }
 
+impl Snapshot {
+    /// Says where users and networks are, for interfaces with other numbers.
+    pub fn move_ports(&mut self, port_now: impl Fn(u16) -> u16) {
+        for port in self.users.values_mut().map(|u| &mut u.port) {
+            *port = port_now(*port);
+        }
+        for port in self.networks.values_mut().map(|n| &mut n.port) {
+            *port = port_now(*port);
+        }
+    }
+}
+
 /// Why a snapshot cannot be the state of a table.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the fields are what the message names")]

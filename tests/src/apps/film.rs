@@ -95,13 +95,17 @@ impl Viewer {
 
 const LISTENER: u64 = 0;
 const TIMER: u64 = 1;
+/// From here on the timers kept besides.
+const TIMERS: u64 = 1 << 32;
+/// How often each of them runs out.
+const BESIDES: Duration = Duration::from_millis(200);
 
 /// Serves the film: one connection a viewer, a record to each every `interval`. `ballast` bytes of memory are held and
-/// written, to be as large as a real server.
+/// written, to be as large as a real server; `timers` more timers run and are read, at all phases of [`BESIDES`].
 ///
 /// # Errors
 /// If the address cannot be listened on. A viewer's errors end that viewer's stream only.
-pub fn serve(listen: SocketAddr, interval: Duration, ballast: usize) -> anyhow::Result<()> {
+pub fn serve(listen: SocketAddr, interval: Duration, ballast: usize, timers: u32) -> anyhow::Result<()> {
     let mut memory = vec![0_u8; ballast];
     for (i, page) in memory.chunks_mut(4096).enumerate() {
         page.fill(u8::try_from(i % 251).unwrap_or(0)); // touched, so that it is resident
@@ -115,10 +119,15 @@ pub fn serve(listen: SocketAddr, interval: Duration, ballast: usize) -> anyhow::
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER)).context("epoll")?;
     epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, TIMER)).context("epoll")?;
 
+    let besides = (0..timers).map(|i| besides(i, timers)).collect::<anyhow::Result<Vec<_>>>()?;
+    for (timer, token) in besides.iter().zip(TIMERS..) {
+        epoll.add(timer.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token)).context("epoll")?;
+    }
+
     let mut viewers: HashMap<u64, Viewer> = HashMap::new();
     let mut ids = 0;
     loop {
-        let mut events = [EpollEvent::empty(); 16];
+        let mut events = [EpollEvent::empty(); 64];
         let n = match epoll.wait(&mut events, EpollTimeout::NONE) {
             Ok(n) => n,
             Err(Errno::EINTR) => continue,
@@ -146,6 +155,10 @@ pub fn serve(listen: SocketAddr, interval: Duration, ballast: usize) -> anyhow::
                     timer.wait().context("timer")?;
                     viewers.retain(|_, v| v.tick().is_ok());
                 }
+                token if token >= TIMERS => {
+                    let timer = usize::try_from(token - TIMERS).ok().and_then(|i| besides.get(i));
+                    timer.context("an event of no timer")?.wait().context("timer")?;
+                }
                 // viewers send nothing: readable means gone
                 token => {
                     viewers.remove(&token);
@@ -154,6 +167,15 @@ pub fn serve(listen: SocketAddr, interval: Duration, ballast: usize) -> anyhow::
         }
         std::hint::black_box(&memory);
     }
+}
+
+/// Timer `i` of `all`.
+fn besides(i: u32, all: u32) -> anyhow::Result<TimerFd> {
+    let timer = TimerFd::new(ClockId::CLOCK_MONOTONIC, TimerFlags::TFD_CLOEXEC).context("timer")?;
+    let first = BESIDES + BESIDES * i / all.max(1);
+    let every = Expiration::IntervalDelayed(TimeSpec::from_duration(first), TimeSpec::from_duration(BESIDES));
+    timer.set(every, TimerSetTimeFlags::empty()).context("timer")?;
+    Ok(timer)
 }
 
 /// Watches the film at `server` on one connection and keeps `account`. A connection that ends is opened again, as a viewer

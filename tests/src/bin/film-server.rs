@@ -16,10 +16,18 @@ struct Args {
     /// MiB of memory to hold.
     #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u16).range(0..=4096))]
     memory_mib: u16,
+    /// Periodic timers to keep besides, each read whenever it runs out.
+    #[arg(long, default_value_t = 0)]
+    timers: u32,
 }
 
 fn main() -> anyhow::Result<()> {
     let args = Args::parse();
     let ballast = usize::from(args.memory_mib) << 20;
-    handover_lab::apps::film::serve(args.listen, Duration::from_millis(args.interval_ms), ballast)
+    handover_lab::apps::film::serve(
+        args.listen,
+        Duration::from_millis(args.interval_ms),
+        ballast,
+        args.timers,
+    )
 }

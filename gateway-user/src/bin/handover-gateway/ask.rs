@@ -48,13 +48,7 @@ pub enum What {
 /// Asks and prints.
 #[tokio::main(flavor = "current_thread")]
 pub async fn ask(config: &Config, tls: &Tls, what: What, output: Output) -> anyhow::Result<()> {
-    let channel = match &config.socket {
-        Some(path) => local(path).await?,
-        None => tls
-            .connect(Role::Gateway, &config.name, &config.listen.to_string())
-            .await
-            .context("no gateway answers there: start the daemon of this configuration")?,
-    };
+    let channel = connect(config, tls).await?;
     // a full table of users is some 100 MB
     let mut client = GatewayClient::new(channel).max_decoding_message_size(256 << 20);
     let status = tokio::time::timeout(PATIENCE, client.status(v1::GatewayStatusRequest {}))
@@ -70,6 +64,17 @@ pub async fn ask(config: &Config, tls: &Tls, what: What, output: Output) -> anyh
         // a reader that has gone away
         Err(e) if e.kind() == ErrorKind::BrokenPipe => Ok(()),
         result => Ok(result?),
+    }
+}
+
+/// The daemon of this configuration.
+pub async fn connect(config: &Config, tls: &Tls) -> anyhow::Result<Channel> {
+    match &config.socket {
+        Some(path) => local(path).await,
+        None => tls
+            .connect(Role::Gateway, &config.name, &config.listen.to_string())
+            .await
+            .context("no gateway answers there: start the daemon of this configuration"),
     }
 }
 
@@ -104,14 +109,14 @@ async fn local(path: &Path) -> anyhow::Result<Channel> {
         .with_context(|| format!("socket {shown}"))
 }
 
-fn held_json(held: &v1::HoldFigures) -> Value {
+pub fn held_json(held: &v1::HoldFigures) -> Value {
     json!({
         "frames": held.frames, "bytes": held.bytes, "dropped_user_bound": held.dropped_user_bound,
         "dropped_memory": held.dropped_memory, "lost": held.lost, "late": held.late,
     })
 }
 
-fn held_text(held: &v1::HoldFigures) -> String {
+pub fn held_text(held: &v1::HoldFigures) -> String {
     let mut text = format!("{} frames", held.frames);
     let others = [
         (held.dropped_user_bound + held.dropped_memory, "dropped"),
@@ -155,6 +160,7 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
                 "memory_bytes": h.memory_bytes, "per_user_bytes": h.per_user_bytes, "held_bytes": h.held_bytes,
             })),
             "switches": status.switches.len(),
+            "windows": windows_json(status),
             "counters": status.counters.iter().map(|c| (c.name.clone(), c.frames.into()))
                 .collect::<serde_json::Map<_, _>>(),
         }),
@@ -181,18 +187,37 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
                 })
             })
             .collect(),
-        What::Switches => status
-            .switches
-            .iter()
-            .map(|s| {
-                json!({
-                    "migration": s.migration, "state": s.state, "from": s.from_network, "to": s.to_network,
-                    "users": s.users, "switch": s.switch, "generation": s.generation,
-                    "window_ns": s.window_ns, "phase": s.phase, "held": s.held.as_ref().map(held_json),
-                })
-            })
-            .collect(),
+        What::Switches => status.switches.iter().map(switch_json).collect(),
     }
+}
+
+/// A switch that is under way.
+pub fn switch_json(s: &v1::SwitchStatus) -> Value {
+    json!({
+        "migration": s.migration, "state": s.state, "from": s.from_network, "to": s.to_network,
+        "users": s.users, "switch": s.switch, "generation": s.generation,
+        "window_ns": s.window_ns, "phase": s.phase, "held": s.held.as_ref().map(held_json),
+    })
+}
+
+/// Switches by their window.
+fn windows_json(status: &v1::GatewayStatus) -> Value {
+    let windows = status.windows.clone().unwrap_or_default();
+    json!({
+        "max_ns": windows.max_ns,
+        "buckets": windows.buckets.iter().map(|b| json!({ "up_to_ns": b.up_to_ns, "switches": b.switches }))
+            .collect::<Value>(),
+    })
+}
+
+fn windows_text(status: &v1::GatewayStatus) -> Option<String> {
+    let windows = status.windows.as_ref().filter(|w| !w.buckets.is_empty())?;
+    let rows = windows.buckets.iter().map(|b| vec![format!("{} ns", b.up_to_ns), b.switches.to_string()]);
+    Some(format!(
+        "{}\nlongest {} ns",
+        lines(&["WINDOW UP TO", "SWITCHES"], &[0, 1], rows.collect()),
+        windows.max_ns
+    ))
 }
 
 fn to_table(what: What, status: &v1::GatewayStatus) -> String {
@@ -284,11 +309,15 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
                     s.held.as_ref().map_or_else(|| "-".into(), held_text),
                 ]
             };
-            lines(
+            let table = lines(
                 &["MIGRATION", "STATE", "FROM", "TO", "USERS", "WINDOW", "PHASE", "HELD"],
                 &[4, 5],
                 status.switches.iter().map(row).collect(),
-            )
+            );
+            match windows_text(status) {
+                None => table,
+                Some(windows) => format!("{table}\n\n{windows}"),
+            }
         }
     }
 }

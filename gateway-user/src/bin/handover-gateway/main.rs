@@ -5,6 +5,7 @@
 //! `handover-gateway detach`.
 
 mod ask;
+mod watch;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
 
@@ -55,8 +56,20 @@ enum Verb {
     Users(Format),
     /// The networks and their routers
     Networks(Format),
-    /// The switches under way
+    /// The switches under way, and how long the users' frames went on in the old network at those that were made
     Switches(Format),
+    /// What happens, as it happens: changes of who is on which network, what becomes of the frames, what is held. Ends with
+    /// Ctrl-C, when nobody reads its output any more, or after --count events
+    Watch {
+        #[command(flatten)]
+        format: Format,
+        /// After so many events
+        #[arg(long, value_name = "N")]
+        count: Option<u64>,
+        /// How often to tell of the frames
+        #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
+        interval: u32,
+    },
 }
 
 #[derive(clap::Args)]
@@ -106,6 +119,9 @@ fn act(arguments: &Arguments) -> Result<(), (u8, anyhow::Error)> {
         Some(Verb::Users(format)) => (ask::What::Users, format.output),
         Some(Verb::Networks(format)) => (ask::What::Networks, format.output),
         Some(Verb::Switches(format)) => (ask::What::Switches, format.output),
+        Some(Verb::Watch { format, count, interval }) => {
+            return watch::watch(&config, &tls, format.output, *count, *interval).map_err(failed);
+        }
     };
     ask::ask(&config, &tls, what, output).map_err(failed)
 }
@@ -156,6 +172,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
     };
     let serving = server()
         .add_service(gateway.service())
+        .add_service(gateway.events())
         .serve_with_incoming_shutdown(tls.incoming(listener), stopped());
     let serving_locally = async {
         match local {
@@ -164,6 +181,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
                 let (incoming, _remove) = socket.incoming();
                 server()
                     .add_service(gateway.service())
+                    .add_service(gateway.events())
                     .serve_with_incoming_shutdown(incoming, stopped())
                     .await
             }
@@ -180,6 +198,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
     }
     // programs that are not pinned go with the process; calls under way get their answers first
     let _ = stop.send(true);
+    gateway.end_watches();
     match tokio::time::timeout(LAST_CALLS, serving).await {
         Ok(ended) => ended.context("serving"),
         Err(_) => Ok(()),

@@ -704,8 +704,10 @@ async fn above_its_limit_the_journal_takes_nothing_new_but_what_is_under_way_end
     log.unwrap().set_len(2 << 20).unwrap();
     let full = c.migrate(&request("backup", Policy::Late), true).await.unwrap_err();
     assert!(matches!(full, MigrateError::JournalFull { mib: 2, limit: 1 }), "{full}");
-    let more = f.inventory.replace("vid = 2", "vid = 4");
-    assert!(c.apply(&more, false).await.unwrap_err().to_string().contains("journal"));
+    let more =
+        format!("{}\n[[network]]\nname = \"net9\"\nvid = 9\nrouter_address = \"10.9.0.1\"\n", f.inventory);
+    let full = c.apply(&more, false).await.unwrap_err().to_string();
+    assert!(full.contains("the journal has 2 MiB, and 1 is the most"), "{full}");
     c.cancel(&first, "operator").await.unwrap();
     assert_eq!(settled(&c, &first).await.outcome(), v1::Outcome::RolledBack);
 }

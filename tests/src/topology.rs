@@ -190,14 +190,13 @@ impl App {
     }
 }
 
-/// What the unit of daemon `name` in packaging/ leaves it, in setpriv's words.
-fn capabilities(name: &str) -> anyhow::Result<String> {
+/// What the unit of daemon `name` in packaging/ leaves it, in setpriv's words; `None`: everything.
+fn capabilities(name: &str) -> anyhow::Result<Option<String>> {
     let unit = format!("{}/../packaging/systemd/handover-{name}.service", env!("CARGO_MANIFEST_DIR"));
     let text = std::fs::read_to_string(&unit).with_context(|| unit.clone())?;
     let set = text.lines().find_map(|l| l.strip_prefix("CapabilityBoundingSet="));
-    let set = set.with_context(|| format!("{unit} has no CapabilityBoundingSet"))?;
-    let names = set.split_whitespace().map(|c| format!(",+{}", c.trim_start_matches("CAP_").to_lowercase()));
-    Ok(std::iter::once("-all".to_owned()).chain(names).collect())
+    let word = |c: &str| format!(",+{}", c.trim_start_matches("CAP_").to_lowercase());
+    Ok(set.map(|set| std::iter::once("-all".to_owned()).chain(set.split_whitespace().map(word)).collect()))
 }
 
 /// What is otherwise than in the plain topology.
@@ -458,10 +457,14 @@ impl Topology {
             other => bail!("host {other} has no daemon"),
         };
         let levels = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
+        let built = program(&format!("handover-{name}"))?;
         // with the capabilities of its systemd unit and no others: so all of the lab shows that they are enough
-        let daemon = Program::new("/usr/bin/setpriv")
-            .args([format!("--bounding-set={}", capabilities(name)?)])
-            .args([program(&format!("handover-{name}"))?.to_string_lossy()])
+        let daemon = match capabilities(name)? {
+            Some(set) => Program::new("/usr/bin/setpriv")
+                .args([format!("--bounding-set={set}").as_str(), &built.to_string_lossy()]),
+            None => Program::new(built),
+        };
+        let daemon = daemon
             .args(["--config", &format!("/run/lab/{name}.toml")])
             .env("RUST_LOG", &levels)
             .env("NO_COLOR", "1");

@@ -40,8 +40,8 @@ fn the_examples_are_taken() {
 }
 
 /// What `systemd-analyze security` may find at most, in tenths; what is above it fails. The migrator's unit can take away little:
-/// see there.
-const EXPOSURE: [(&str, u32); 3] = [("controller", 15), ("gateway", 25), ("migrator", 95)];
+/// see there; its threshold only shows when it becomes worse.
+const EXPOSURE: [(&str, u32); 3] = [("controller", 15), ("gateway", 25), ("migrator", 97)];
 
 #[test]
 fn the_units_are_valid_and_hardened() {

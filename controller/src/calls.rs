@@ -16,7 +16,7 @@ use crate::{
     controller::Controller,
     driver::Clock,
     inventory::Target,
-    patience::{self, Asking, Confirming, MARKER, PREFLIGHT, RELEASE, attempt},
+    patience::{self, Asking, Confirming, Load, MARKER, PREFLIGHT, RELEASE, attempt},
     peers::{self, Kind},
     session::{
         Command, Event, Finding, Held, Participant, Plan, Policy, Severity, Side, Step, SubStep, Ticket, Vote,
@@ -355,7 +355,11 @@ impl Call {
     where
         F: Future<Output = Result<Response<T>, Status>>,
     {
-        let mut asking = Asking::new(&self.command, self.memory_bytes);
+        let users = match &self.command {
+            Command::Stage(gateway) => self.plan.users_at(gateway).len(),
+            _ => 0,
+        };
+        let mut asking = Asking::new(&self.command, Load { memory_bytes: self.memory_bytes, users });
         let began = Instant::now();
         loop {
             let status = match timeout_at(began + asking.deadline, call(asking.deadline)).await {

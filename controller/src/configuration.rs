@@ -11,6 +11,11 @@ use crate::{
 const TPID_8021AD: u32 = 0x88a8;
 
 impl World {
+    /// How many users are behind `gateway`.
+    pub fn users_of(&self, gateway: &str) -> usize {
+        self.inventory.users.values().filter(|u| u.gateway == gateway).count()
+    }
+
     /// Everything `gateway` is to know.
     pub fn configuration(&self, gateway: &str) -> v1::ConfigureRequest {
         v1::ConfigureRequest {

@@ -28,6 +28,7 @@ use crate::{
     driver::{self, Order, Wish},
     inventory::{self, Change, InventoryError},
     journal::{Journal, JournalError},
+    patience,
     peers::{self, Kind, Peer, Peers, Seen},
     queue::{Leaving, Limits, Turn},
     report,
@@ -38,8 +39,6 @@ use crate::{
 
 /// How often a peer is asked whether it is there.
 const ASK_EVERY: Duration = Duration::from_millis(500);
-/// How long it has for its answer.
-const ASK: Duration = Duration::from_secs(3);
 
 /// The controller cannot go on and has to be started again.
 #[derive(Debug, Clone, thiserror::Error)]
@@ -583,9 +582,13 @@ impl Controller {
     async fn configure_peer(&self, peer: &Peer) -> Result<v1::GatewayStatus, String> {
         let mut configured = peer.configured.lock().await;
         let mut client = peer.gateway();
-        let status = answer(client.status(with_deadline(v1::GatewayStatusRequest {}))).await?;
-        let request = self.world().configuration(&peer.name);
-        let revision = request.revision;
+        let (revision, users) = {
+            let world = self.world();
+            (world.revision, world.users_of(&peer.name))
+        };
+        let patience = patience::ask(users);
+        let status =
+            answer(patience, client.status(with_deadline(patience, v1::GatewayStatusRequest {}))).await?;
         if status.revision == revision && *configured == Some((status.boot_id.clone(), revision)) {
             return Ok(status);
         }
@@ -595,7 +598,10 @@ impl Controller {
                 status.revision
             ));
         }
-        answer(client.configure(with_deadline(request))).await?;
+        let request = self.world().configuration(&peer.name);
+        // what it is told may be newer than what it was asked for
+        let revision = request.revision;
+        answer(patience, client.configure(with_deadline(patience, request))).await?;
         tracing::info!(gateway = peer.name, revision, boot = status.boot_id, "configured");
         *configured = Some((status.boot_id.clone(), revision));
         Ok(v1::GatewayStatus { revision, ..status })
@@ -616,7 +622,8 @@ impl Controller {
             },
             Kind::Migrator => {
                 let mut client = peer.migrator();
-                answer(client.status(with_deadline(v1::MigratorStatusRequest {})))
+                let patience = patience::ask(0);
+                answer(patience, client.status(with_deadline(patience, v1::MigratorStatusRequest {})))
                     .await
                     .map(|s| format!("CRIU {}, kernel {}", s.criu_version, s.kernel))
             }
@@ -628,19 +635,20 @@ impl Controller {
     }
 }
 
-fn with_deadline<T>(message: T) -> Request<T> {
+fn with_deadline<T>(patience: Duration, message: T) -> Request<T> {
     let mut request = Request::new(message);
-    request.set_timeout(ASK);
+    request.set_timeout(patience);
     request
 }
 
 async fn answer<T>(
+    patience: Duration,
     call: impl Future<Output = Result<tonic::Response<T>, tonic::Status>>,
 ) -> Result<T, String> {
-    match timeout(ASK, call).await {
+    match timeout(patience, call).await {
         Ok(Ok(response)) => Ok(response.into_inner()),
         Ok(Err(status)) => Err(peers::words(&status)),
-        Err(_) => Err(format!("no answer within {} s", ASK.as_secs())),
+        Err(_) => Err(format!("no answer within {} s", patience.as_secs())),
     }
 }
 

@@ -21,7 +21,14 @@ const CONFIRM: Duration = Duration::from_secs(5);
 /// still at work goes on with it whoever has stopped waiting.
 const CONFIRM_SOON: Duration = Duration::from_millis(500);
 
+/// Plus a second for each [`STAGE_RATE`] of users, each of whom is introduced to the new network's router before the answer.
 const STAGE: Duration = Duration::from_secs(10);
+/// Users a second: a gateway asks as some 32,000, three times as those for whom the router stays silent.
+const STAGE_RATE: u64 = 10_000;
+/// Asking a daemon how it is, and telling a gateway its users: plus a second for each [`USERS_RATE`] of them.
+const ASK: Duration = Duration::from_secs(3);
+/// Users a second that a gateway can be told, or tells of: all told, on a slow machine.
+const USERS_RATE: u64 = 20_000;
 const PREPARE: Duration = Duration::from_secs(20);
 /// The users' frames wait.
 const HOLD: Duration = Duration::from_secs(3);
@@ -57,6 +64,25 @@ pub fn attempt(command: &Command) -> Duration {
     }
 }
 
+/// How long a gateway of so many users may take to answer when it is asked about them all, or told them.
+pub fn ask(users: usize) -> Duration {
+    ASK + at_rate(users as u64, USERS_RATE)
+}
+
+/// How long `work` takes at `rate` a second, in whole seconds.
+fn at_rate(work: u64, rate: u64) -> Duration {
+    Duration::from_secs(work / rate)
+}
+
+/// How much a call has to do, as far as its patience goes by that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Load {
+    /// What a freeze has to carry.
+    pub memory_bytes: u64,
+    /// The users of the migration at the gateway that is asked.
+    pub users: usize,
+}
+
 /// Patience with one call before the decision.
 #[derive(Debug, Clone)]
 pub struct Asking {
@@ -68,13 +94,13 @@ pub struct Asking {
 }
 
 impl Asking {
-    /// For `command`; `memory_bytes` is what a freeze has to carry.
-    pub fn new(command: &Command, memory_bytes: u64) -> Self {
+    /// For `command`, which has `load` to do.
+    pub fn new(command: &Command, load: Load) -> Self {
         let (deadline, ask_again) = match command {
-            Command::Stage(_) => (STAGE, ASK_AGAIN),
+            Command::Stage(_) => (STAGE + at_rate(load.users as u64, STAGE_RATE), ASK_AGAIN),
             Command::Prepare => (PREPARE, ASK_AGAIN),
             Command::Hold(..) => (HOLD, ASK_AGAIN_FROZEN),
-            Command::Freeze(_) => (freeze(memory_bytes), ASK_AGAIN),
+            Command::Freeze(_) => (freeze(load.memory_bytes), ASK_AGAIN),
             Command::Switch(..) => (SWITCH, ASK_AGAIN_FROZEN),
             Command::Yield => (YIELD, ASK_AGAIN_FROZEN),
             Command::Check => (PREFLIGHT, Duration::ZERO),
@@ -101,7 +127,7 @@ impl Asking {
 
 /// Of a freeze that has to carry `memory_bytes`.
 fn freeze(memory_bytes: u64) -> Duration {
-    FREEZE + Duration::from_secs(memory_bytes / FREEZE_RATE)
+    FREEZE + at_rate(memory_bytes, FREEZE_RATE)
 }
 
 /// After this a gateway holds no more, whether or not anybody tells it: when all that is waited for between hold and
@@ -151,13 +177,36 @@ mod tests {
 
     #[test]
     fn a_lost_answer_is_asked_for_again_for_a_while() {
-        let mut asking = Asking::new(&Command::Yield, 0);
+        let mut asking = Asking::new(&Command::Yield, Load::default());
         // the loss itself came late: patience counts from there
         assert_eq!(asking.lost(ms(2000)), Some(ms(50)));
         assert_eq!(asking.lost(ms(2100)), Some(ms(100)));
         assert_eq!(asking.lost(ms(3301)), None);
-        assert_eq!(Asking::new(&Command::Resume, 0).lost(ms(0)), None);
-        assert_eq!(Asking::new(&Command::Freeze(Default::default()), 64 << 20).deadline, ms(32_000));
+        assert_eq!(Asking::new(&Command::Resume, Load::default()).lost(ms(0)), None);
+    }
+
+    #[test]
+    fn a_deadline_grows_with_what_there_is_to_do() {
+        let freeze = |memory_bytes| {
+            Asking::new(&Command::Freeze(Default::default()), Load { memory_bytes, users: 1_000_000 })
+                .deadline
+        };
+        assert_eq!((freeze(0), freeze(64 << 20)), (ms(30_000), ms(32_000)));
+        let stage = |users| {
+            Asking::new(&Command::Stage("gw".into()), Load { memory_bytes: u64::MAX, users }).deadline
+        };
+        assert_eq!((stage(1), stage(9_999), stage(10_000)), (ms(10_000), ms(10_000), ms(11_000)));
+        assert_eq!(
+            stage(1_000_000),
+            ms(110_000),
+            "three rounds of introductions at 32,000 a second are 94 s"
+        );
+        assert_eq!((ask(0), ask(1_000_000)), (ms(3000), ms(53_000)));
+        // while the service is frozen nobody waits for the number of users: the store is one
+        let switch = |users| {
+            Asking::new(&Command::Switch("gw".into(), 1, 1), Load { memory_bytes: 0, users }).deadline
+        };
+        assert_eq!(switch(1), switch(1_000_000));
     }
 
     #[test]

@@ -2,8 +2,8 @@
 //! names of everything that can become of a frame.
 //!
 //! ```text
-//!  source MAC, access interface, tag --USER_INDEX--> slot --USER--> { word, identity, access }
-//!                                                                      |
+//!  MAC --home--> USER[slot] { identity, access, word }   (not at home, or not known by a MAC: hash maps -> slot)
+//!                                                |
 //!                        word: network a | network b | switch s | generation
 //!                                                        |
 //!                                     SWITCH[s]: selector, phase, generation      <- the one store of a commit
@@ -16,6 +16,8 @@
 //!   mapping (`BPF_F_MMAPABLE`), a program loads it once. No reader can see half a change.
 //! - `SWITCH[0]` is zero for ever ("a, forward", generation 0), so a user who is in no switch needs no second look-up.
 //! - Index 0 of `NETWORK` is no network: a zeroed user word sends nowhere.
+//! - A user's entry stands where its MAC leads to ([`home`]), or where the hash maps say. It is complete before its identity
+//!   is stored, which makes it be found, and is another user's only after a grace period.
 //! - What a switch's phase keeps of its users' frames, and how that is counted: [`hold`].
 //! - A slot, a switch and a network index are used again only after a grace period, in which every program run that may
 //!   have read the old words has ended. The generation is the second line of defence.
@@ -23,6 +25,7 @@
 
 pub mod frame;
 pub mod hold;
+pub mod home;
 pub mod outcome;
 pub mod words;
 
@@ -41,7 +44,7 @@ pub const VIDS: u32 = 8192;
 pub const PORTS: u32 = 16;
 
 /// Version of everything pinned maps hold. To be raised when a word, a key or a rule that reads them changes its meaning.
-pub const LAYOUT_VERSION: u32 = 3;
+pub const LAYOUT_VERSION: u32 = 4;
 
 /// What a daemon compares before it takes over pinned maps: the version, and below it a digest of what must not differ
 /// unnoticed: sizes, and the outcomes in their order.
@@ -66,6 +69,7 @@ const fn layout_digest() -> u32 {
         PORTS,
         size_of::<UserKey>() as u32,
         size_of::<User>() as u32,
+        home::GROUP,
         size_of::<Network>() as u32,
         size_of::<Run>() as u32,
         size_of::<Hold>() as u32,
@@ -87,7 +91,7 @@ const fn layout_digest() -> u32 {
 
 /// Names of the maps, as the daemon asks for them.
 pub mod maps {
-    /// `Array<User>`, mmapable.
+    /// `Array<[User; GROUP]>` by group ([`crate::home`]), mmapable.
     pub const USER: &str = "USER";
     /// `HashMap<UserKey, u32>`: who sent this frame.
     pub const USER_INDEX: &str = "USER_INDEX";
@@ -123,6 +127,8 @@ pub mod maps {
     pub const FRAMES: &str = "FRAMES";
     /// `PerCpuArray<Scratch>` of one.
     pub const SCRATCH: &str = "SCRATCH";
+    /// Read-only global: how many groups `USER` has.
+    pub const USER_GROUPS: &str = "USER_GROUPS";
     /// Read-only global: the MAC the users know the router by, as [`crate::frame::mac_word`] makes it.
     pub const VIRTUAL_ROUTER_MAC: &str = "VIRTUAL_ROUTER_MAC";
 }

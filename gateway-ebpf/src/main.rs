@@ -21,17 +21,23 @@ mod programs;
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use gateway_ebpf::{Outcome, outcome::Action};
-use programs::{access::from_user, maps::COUNTERS, wan::to_user};
+use programs::{access::from_user, maps::COUNTERS, plain, wan::to_user};
 
 /// Frames from the users.
 #[xdp(frags)]
 pub fn access(ctx: XdpContext) -> u32 {
+    if let Some(result) = plain::from_user(&ctx) {
+        return verdict(result);
+    }
     verdict(from_user(&ctx))
 }
 
 /// Frames from the provider.
 #[xdp(frags)]
 pub fn wan(ctx: XdpContext) -> u32 {
+    if let Some(result) = plain::to_user(&ctx) {
+        return verdict(result);
+    }
     verdict(to_user(&ctx))
 }
 

@@ -61,15 +61,44 @@ impl User {
     }
 }
 
-/// How a user comes in: interface index (bits 0..32), VID of the access side's tag (32..44; 0: none), source addresses are
-/// guarded (63).
+/// How a user comes in: interface index (bits 0..32), VID of the access side's tag (32..44; 0: none), known by a MAC (44);
+/// then what there is to do for the user's frames beside: source addresses are guarded (63).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Access(pub u64);
 
 impl Access {
+    const BY_MAC: u64 = 1 << 44;
+    /// All bits by which a user is told from others.
+    const WHO: u64 = Self::BY_MAC | ((1 << 44) - 1);
+
     /// Through interface `ifindex`, tagged with `tag` unless that is 0.
     pub const fn new(ifindex: u32, tag: u16, guard: bool) -> Self {
         Self(ifindex as u64 | (tag as u64 & 0xfff) << 32 | (guard as u64) << 63)
+    }
+
+    /// The same of a user who is known by a MAC.
+    #[inline(always)]
+    #[must_use]
+    pub const fn by_mac(self) -> Self {
+        Self(self.0 | Self::BY_MAC)
+    }
+
+    /// Whether the user is known by a MAC.
+    #[inline(always)]
+    pub const fn is_by_mac(self) -> bool {
+        self.0 & Self::BY_MAC != 0
+    }
+
+    /// Whether the user is known by a MAC, untagged, and there is nothing to be done for what is sent to the user.
+    #[inline(always)]
+    pub const fn is_plain(self) -> bool {
+        self.0 & !(u32::MAX as u64 | 1 << 63) == Self::BY_MAC
+    }
+
+    /// Whether both come in the same way; what is to do beside does not count.
+    #[inline(always)]
+    pub const fn same_way(self, other: Self) -> bool {
+        (self.0 ^ other.0) & Self::WHO == 0
     }
 
     /// The interface.
@@ -299,6 +328,12 @@ impl Link {
         self.0 as u16 & 0xfff
     }
 
+    /// Whether there is a network, and it has a customer's tag.
+    #[inline(always)]
+    pub const fn is_customers(self) -> bool {
+        self.0 & (1 << 63 | 1 << 32) == 1 << 63 && self.vid() != 0
+    }
+
     /// Whether its tag is an 802.1ad service tag.
     #[inline(always)]
     pub const fn is_service(self) -> bool {
@@ -422,6 +457,10 @@ mod tests {
         assert_eq!((link.vid(), link.port(), link.in_use()), (4094, 63, true));
         assert!(Link::new(0, 0).in_use() && !Link::NONE.in_use());
         assert!(link.service().is_service() && !link.is_service());
+        assert!(link.is_customers() && link.with_pcp(7).is_customers());
+        for other in [link.service(), Link::new(0, 63), Link::NONE, Link(link.0 & !(1 << 63))] {
+            assert!(!other.is_customers(), "{other:?}");
+        }
         for tci in 0..=u16::MAX {
             assert_eq!(link.tci(tci), tci & 0xf000 | 4094, "kept");
             assert_eq!(link.service().with_pcp(5).tci(tci), tci & 0x1000 | 5 << 13 | 4094, "set");
@@ -432,6 +471,19 @@ mod tests {
         assert_eq!((access.ifindex(), access.tag(), access.guard()), (u32::MAX, 0xfff, false));
         let access = Access::new(1, 0, true);
         assert_eq!((access.ifindex(), access.tag(), access.guard()), (1, 0, true));
+        let by_mac = Access::new(u32::MAX, 0xfff, false).by_mac();
+        assert_eq!((by_mac.ifindex(), by_mac.tag(), by_mac.guard()), (u32::MAX, 0xfff, false));
+        assert!(by_mac.is_by_mac() && !access.is_by_mac());
+        assert!(access.by_mac().is_plain() && Access::new(u32::MAX, 0, false).by_mac().is_plain());
+        for other in
+            [access, by_mac, Access(access.by_mac().0 | 1 << 62), Access(access.by_mac().0 | 1 << 45)]
+        {
+            assert!(!other.is_plain(), "{other:?}");
+        }
+        assert!(access.by_mac().same_way(Access::new(1, 0, false).by_mac()), "guarded or not");
+        for other in [access, Access::new(2, 0, true).by_mac(), Access::new(1, 1, true).by_mac()] {
+            assert!(!access.by_mac().same_way(other), "{other:?}");
+        }
         assert_eq!(Router::at(0xffff_ffff_ffff).mac(), Some(0xffff_ffff_ffff));
         assert_eq!(Router::UNKNOWN.mac(), None);
         let identity = User::identity(0x0102_0304_0506, 9);

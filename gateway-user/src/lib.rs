@@ -11,7 +11,8 @@
 //! - [`config`]: the configuration file. [`desired`]: what the controller pushes, validated.
 //! - [`table`]: the state machine of users, networks and switches; no I/O, no clock.
 //! - [`plane`]: loads and attaches the programs, carries out the table's writes, makes the store and measures its window.
-//!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface.
+//!   [`mapping`]: BPF arrays in the daemon's address space. [`link`]: what is asked of a network interface;
+//!   [`veth`]: and of a veth's other end.
 //! - [`pins`]: the data path as files, where it outlives the daemon. [`state`]: who is where, on disk, so that the next daemon
 //!   takes it over.
 //! - [`introduce`]: asks "who has r" as users, in ARP and IPv6, and hears the routers. [`neighbour`]: IPv6 neighbour discovery.
@@ -45,5 +46,6 @@ pub mod socket;
 pub mod start;
 pub mod state;
 pub mod table;
+pub mod veth;
 pub mod watch;
 pub mod windows;

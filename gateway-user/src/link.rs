@@ -3,13 +3,16 @@
 //!
 //! A NIC with `rx-vlan-offload` takes the 802.1Q tag out of the frame before the program runs: every frame would look
 //! untagged. The offload is switched off at attach, and restored when the daemon ends, or, for a data path that outlives it,
-//! when that is taken down.
+//! when that is taken down. The same goes for what a veth's other end leaves undone ([`crate::veth`]).
 
 use std::{ffi::CString, io, mem, os::fd::AsRawFd as _, os::fd::OwnedFd};
 
 use nix::sys::socket::{AddressFamily, SockFlag, SockType, socket};
 
-use crate::mac::Mac;
+use crate::{
+    mac::Mac,
+    veth::{Peer, peer_of},
+};
 
 /// linux/ethtool.h
 const ETHTOOL_GFLAGS: u32 = 0x25;
@@ -17,6 +20,16 @@ const ETHTOOL_GFLAGS: u32 = 0x25;
 const ETHTOOL_SFLAGS: u32 = 0x26;
 /// linux/ethtool.h: the offload that hides tags.
 const ETH_FLAG_RXVLAN: u32 = 1 << 8;
+/// linux/ethtool.h: tags are put in by the driver.
+const ETH_FLAG_TXVLAN: u32 = 1 << 7;
+/// linux/ethtool.h: checksums are left to the driver.
+const ETHTOOL_GTXCSUM: u32 = 0x16;
+/// linux/ethtool.h
+const ETHTOOL_STXCSUM: u32 = 0x17;
+/// linux/ethtool.h
+const ETHTOOL_GGRO: u32 = 0x2b;
+/// linux/ethtool.h
+const ETHTOOL_SGRO: u32 = 0x2c;
 
 /// Errors of an interface, by name.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +57,20 @@ pub enum LinkError {
          try `ethtool -K {0} rxvlan off` or another driver"
     )]
     HidesTags(String),
+    /// The other end of a veth leaves undone what nobody does for it.
+    #[error(
+        "interface {name}: its other end {peer} sends frames without checksums or tags, or does not take what is sent to it \
+         (a program sees the frame alone), and could not be told otherwise: `ethtool -K {peer} tx off txvlan off gro on`"
+    )]
+    Peer {
+        /// Which.
+        name: String,
+        /// The other end.
+        peer: String,
+        /// Why not.
+        #[source]
+        source: Box<LinkError>,
+    },
 }
 
 /// What was changed at an interface for the data path.
@@ -59,6 +86,12 @@ impl Changes {
     pub const PROMISCUOUS: Self = Self(2);
     /// The program is attached in generic mode; ends with the program.
     pub const GENERIC: Self = Self(4);
+    /// The other end of the veth computes checksums itself.
+    pub const PEER_CHECKSUMS: Self = Self(8);
+    /// The other end of the veth puts tags in itself.
+    pub const PEER_TAGS: Self = Self(16);
+    /// The other end of the veth has GRO, and so polls.
+    pub const PEER_GRO: Self = Self(32);
 
     /// Both.
     #[must_use]
@@ -69,6 +102,12 @@ impl Changes {
     /// Whether all of `other` are among them.
     pub const fn contains(self, other: Self) -> bool {
         self.0 & other.0 == other.0
+    }
+
+    /// Those that are not among `others`.
+    #[must_use]
+    const fn without(self, others: Self) -> Self {
+        Self(self.0 & !others.0)
     }
 
     /// As a word.
@@ -90,7 +129,8 @@ pub struct Link {
     /// Its index.
     pub index: u32,
     control: OwnedFd,
-    restore_rxvlan: bool,
+    /// What is undone when this goes.
+    restore: Changes,
 }
 
 impl Link {
@@ -105,7 +145,7 @@ impl Link {
         }
         let control = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::SOCK_CLOEXEC, None)
             .map_err(|e| ioctl(e.into()))?;
-        let mut link = Self { name: name.into(), index: 0, control, restore_rxvlan: false };
+        let mut link = Self { name: name.into(), index: 0, control, restore: Changes::NONE };
         let request = link.ioctl(libc::SIOCGIFINDEX, "reading its index", link.request())?;
         // SAFETY: SIOCGIFINDEX fills this member.
         link.index = unsafe { request.ifr_ifru.ifru_ifindex } as u32;
@@ -149,32 +189,116 @@ impl Link {
         Ok(u64::try_from(mtu).unwrap_or(0) + gateway_ebpf::frame::ETH_LEN as u64)
     }
 
-    /// What has to be changed so that the program sees every frame, with its tag.
+    /// What has to be changed so that the program sees every frame, with its tag, and as it is to arrive.
     ///
     /// # Errors
     /// [`LinkError`].
     pub fn changes_needed(&self) -> Result<Changes, LinkError> {
-        let mut changes = Changes::NONE;
-        match self.ethtool(ETHTOOL_GFLAGS, 0) {
-            Ok(flags) if flags & ETH_FLAG_RXVLAN != 0 => changes = changes.union(Changes::RXVLAN),
-            Ok(_) => {}
-            Err(LinkError::Ioctl { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {}
-            Err(error) => return Err(error),
-        }
+        let mut changes = self.offloads_needed()?;
         if self.flags()? & libc::IFF_PROMISC == 0 {
             changes = changes.union(Changes::PROMISCUOUS);
         }
         Ok(changes)
     }
 
-    /// Makes tags visible and takes frames for any address, beyond the end of this process: [`Link::undo`] ends it.
+    /// Those of them that are matters of drivers.
+    fn offloads_needed(&self) -> Result<Changes, LinkError> {
+        let mut changes = Changes::NONE;
+        let mut needs = |change, needed| {
+            if needed {
+                changes = changes.union(change);
+            }
+        };
+        needs(Changes::RXVLAN, self.offload(ETHTOOL_GFLAGS)? & ETH_FLAG_RXVLAN != 0);
+        if let Some(peer) = self.peer_here()? {
+            needs(Changes::PEER_CHECKSUMS, peer.offload(ETHTOOL_GTXCSUM)? != 0);
+            needs(Changes::PEER_TAGS, peer.offload(ETHTOOL_GFLAGS)? & ETH_FLAG_TXVLAN != 0);
+            needs(Changes::PEER_GRO, peer.offload(ETHTOOL_GGRO)? == 0);
+        }
+        Ok(changes)
+    }
+
+    /// The other end of a veth, if it is in this network namespace.
+    fn peer_here(&self) -> Result<Option<Self>, LinkError> {
+        match self.peer()? {
+            Some(Peer::Here(index)) => match nix::net::if_::if_indextoname(index) {
+                Ok(name) => Self::open(&name.to_string_lossy()).map(Some),
+                Err(_) => Ok(None),
+            },
+            _ => Ok(None),
+        }
+    }
+
+    fn peer(&self) -> Result<Option<Peer>, LinkError> {
+        peer_of(self.index).map_err(|source| LinkError::Ioctl {
+            name: self.name.clone(),
+            what: "asking whether it is a veth",
+            source,
+        })
+    }
+
+    /// What has to be seen to at this interface and cannot be from here.
+    ///
+    /// # Errors
+    /// [`LinkError`].
+    pub fn note(&self) -> Result<Option<String>, LinkError> {
+        Ok(match self.peer()? {
+            Some(Peer::Elsewhere(index)) => Some(format!(
+                "its other end, interface {index} of another network namespace, has to compute checksums and put in tags \
+                 itself, and to take frames by polling: `ethtool -K IFACE tx off txvlan off gro on` there"
+            )),
+            _ => None,
+        })
+    }
+
+    /// Has the drivers do what the program needs, until this goes. Returns what had to be changed.
+    ///
+    /// # Errors
+    /// [`LinkError::HidesTags`] or [`LinkError::Peer`] if a driver does not let it.
+    pub fn adapt(&mut self) -> Result<Changes, LinkError> {
+        let needed = self.offloads_needed()?;
+        self.restore = self.restore.union(needed);
+        if needed.contains(Changes::RXVLAN) {
+            self.show_tags()?;
+        }
+        let of_peer = needed.without(Changes::RXVLAN);
+        if of_peer != Changes::NONE
+            && let Some(peer) = self.peer_here()?
+            && let Err(source) = peer.serve_a_program(of_peer, true)
+        {
+            return Err(LinkError::Peer {
+                name: self.name.clone(),
+                peer: peer.name.clone(),
+                source: Box::new(source),
+            });
+        }
+        Ok(needed)
+    }
+
+    /// As the other end of a veth: computes checksums, puts in tags and polls (`on`), or leaves what of that is among `changes`
+    /// as it was.
+    fn serve_a_program(&self, changes: Changes, on: bool) -> Result<(), LinkError> {
+        if changes.contains(Changes::PEER_CHECKSUMS) {
+            self.ethtool(ETHTOOL_STXCSUM, u32::from(!on))?;
+        }
+        if changes.contains(Changes::PEER_TAGS) {
+            let others = self.ethtool(ETHTOOL_GFLAGS, 0)? & !ETH_FLAG_TXVLAN;
+            self.ethtool(ETHTOOL_SFLAGS, others | if on { 0 } else { ETH_FLAG_TXVLAN })?;
+        }
+        if changes.contains(Changes::PEER_GRO) {
+            self.ethtool(ETHTOOL_SGRO, u32::from(on))?;
+        }
+        Ok(())
+    }
+
+    /// What `adapt` did, and taking frames for any address, beyond the end of this process: [`Link::undo`] ends it.
     ///
     /// # Errors
     /// [`LinkError`].
     pub fn change_for_good(&mut self) -> Result<(), LinkError> {
-        let shown = self.show_tags();
-        self.restore_rxvlan = false;
-        shown?;
+        let adapted = self.adapt();
+        self.restore = Changes::NONE;
+        adapted?;
         self.set_promiscuous(true)
     }
 
@@ -188,11 +312,19 @@ impl Link {
         if changes.contains(Changes::PROMISCUOUS) {
             link.set_promiscuous(false)?;
         }
+        link.restore(changes)
+    }
+
+    /// Has the drivers do as before.
+    fn restore(&self, changes: Changes) -> Result<(), LinkError> {
         if changes.contains(Changes::RXVLAN) {
-            let flags = link.ethtool(ETHTOOL_GFLAGS, 0)?;
-            link.ethtool(ETHTOOL_SFLAGS, flags | ETH_FLAG_RXVLAN)?;
+            let flags = self.ethtool(ETHTOOL_GFLAGS, 0)?;
+            self.ethtool(ETHTOOL_SFLAGS, flags | ETH_FLAG_RXVLAN)?;
         }
-        Ok(())
+        match self.peer_here()? {
+            Some(peer) => peer.serve_a_program(changes, false),
+            None => Ok(()),
+        }
     }
 
     fn flags(&self) -> Result<i32, LinkError> {
@@ -213,21 +345,9 @@ impl Link {
         Ok(())
     }
 
-    /// Makes tags visible to the program. Returns whether an offload had to be switched off.
-    ///
-    /// # Errors
-    /// [`LinkError::HidesTags`] if the driver does not let it.
-    pub fn show_tags(&mut self) -> Result<bool, LinkError> {
-        let flags = match self.ethtool(ETHTOOL_GFLAGS, 0) {
-            // a driver without offload flags hides nothing
-            Err(LinkError::Ioctl { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => {
-                return Ok(false);
-            }
-            other => other?,
-        };
-        if flags & ETH_FLAG_RXVLAN == 0 {
-            return Ok(false);
-        }
+    /// Makes tags visible to the program.
+    fn show_tags(&self) -> Result<(), LinkError> {
+        let flags = self.ethtool(ETHTOOL_GFLAGS, 0)?;
         // what counts is what it does afterwards
         let told = self.ethtool(ETHTOOL_SFLAGS, flags & !ETH_FLAG_RXVLAN);
         if self.ethtool(ETHTOOL_GFLAGS, 0)? & ETH_FLAG_RXVLAN != 0 {
@@ -236,8 +356,15 @@ impl Link {
                 Ok(_) => LinkError::HidesTags(self.name.clone()),
             });
         }
-        self.restore_rxvlan = true;
-        Ok(true)
+        Ok(())
+    }
+
+    /// Asks about an offload; a driver that knows nothing of it does nothing of it.
+    fn offload(&self, question: u32) -> Result<u32, LinkError> {
+        match self.ethtool(question, 0) {
+            Err(LinkError::Ioctl { source, .. }) if source.raw_os_error() == Some(libc::EOPNOTSUPP) => Ok(0),
+            other => other,
+        }
     }
 
     fn ethtool(&self, command: u32, data: u32) -> Result<u32, LinkError> {
@@ -250,11 +377,7 @@ impl Link {
         let mut value = Value { command, data };
         let mut request = self.request();
         request.ifr_ifru.ifru_data = (&raw mut value).cast();
-        self.ioctl(
-            libc::SIOCETHTOOL,
-            "reading or switching off its rx-vlan-offload (needs CAP_NET_ADMIN)",
-            request,
-        )?;
+        self.ioctl(libc::SIOCETHTOOL, "reading or changing its offloads (needs CAP_NET_ADMIN)", request)?;
         Ok(value.data)
     }
 
@@ -287,11 +410,10 @@ impl Link {
 
 impl Drop for Link {
     fn drop(&mut self) {
-        if self.restore_rxvlan
-            && let Ok(flags) = self.ethtool(ETHTOOL_GFLAGS, 0)
-            && let Err(error) = self.ethtool(ETHTOOL_SFLAGS, flags | ETH_FLAG_RXVLAN)
+        if self.restore != Changes::NONE
+            && let Err(error) = self.restore(self.restore)
         {
-            tracing::warn!(interface = self.name, %error, "rx-vlan-offload could not be restored");
+            tracing::warn!(interface = self.name, %error, "its offloads could not be restored");
         }
     }
 }

@@ -13,7 +13,10 @@
 //!
 //! Invariants:
 //! - `magic` is stored last. A directory without it is of a start that did not get through; it is taken down and made anew.
-//! - Maps of another layout or size are refused, never reinterpreted.
+//! - Maps of another layout or for another number of users are never reinterpreted, not even read: new ones are filled from the
+//!   state on disk beside them (`next-map-USER` ...), each attached program is replaced by one that uses those, with one update
+//!   of its link, and only then do they take the old maps' names. Whoever is interrupted in between begins that anew. Only
+//!   between switches: whether a switch was made, its maps alone know for sure.
 //! - What was changed at an interface is in `meta` before it is changed, so that it can be undone by whoever takes it down.
 
 use std::{
@@ -27,7 +30,7 @@ use std::{
 };
 
 use aya::maps::{Array, Map, MapData, MapError, MapInfo};
-use gateway_ebpf::{LAYOUT, LAYOUT_VERSION, PORTS};
+use gateway_ebpf::{LAYOUT, PORTS};
 use nix::{
     mount::{MsFlags, mount},
     sys::statfs::{BPF_FS_MAGIC, statfs},
@@ -45,8 +48,12 @@ const BPFFS: &str = "/sys/fs/bpf";
 const MAGIC: u64 = u64::from_be_bytes(*b"HANDOVER");
 /// The file of `meta`.
 const META: &str = "meta";
+/// How names of maps begin.
+const MAP: &str = "map-";
 /// How names of files begin that are ours to remove.
-const PREFIXES: [&str; 3] = ["map-", "program-", "link-"];
+const PREFIXES: [&str; 4] = [MAP, NEXT, "program-", "link-"];
+/// How names of maps begin that are to take the place of others.
+const NEXT: &str = "next-map-";
 /// Words of `meta`; more than are used.
 const WORDS: u32 = 64;
 
@@ -126,17 +133,22 @@ pub enum PinError {
         #[source]
         source: Box<MapError>,
     },
-    /// Pins of another version.
+    /// Pins of another version, or for another number of users, in the middle of a switch.
     #[error(
-        "the data path pinned in {} has map layout {found}, this daemon has {LAYOUT_VERSION} ({:08x}): start the version \
-         that pinned it, or take it down with `handover-gateway detach` (forwarding ends until the daemon runs again; who is \
-         on which network is kept in `state_dir`)", dir.display(), LAYOUT as u32
+        "the data path pinned in {} has {found}, this daemon {wanted}; it is replaced when a daemon starts, but not in the middle \
+         of a switch: start the version (or the configuration) that pinned it and finish or abort migration {}, or take it down \
+         with `handover-gateway detach` (forwarding ends until the daemon runs again; who is on which network is kept in \
+         `state_dir`)", dir.display(), migrations.join(", ")
     )]
-    Layout {
+    Busy {
         /// Where.
         dir: PathBuf,
-        /// Version and digest.
-        found: String,
+        /// What is there.
+        found: Pinned,
+        /// What there would be.
+        wanted: Pinned,
+        /// The switches.
+        migrations: Vec<String>,
     },
     /// A map that is not as `meta` says.
     #[error(
@@ -149,19 +161,6 @@ pub enum PinError {
         /// How it differs.
         why: String,
     },
-    /// Pins for another number of users.
-    #[error(
-        "the data path pinned in {} has room for {found} users, but max_users = {wanted}: set max_users = {found}, or \
-         `handover-gateway detach` and start again", dir.display()
-    )]
-    MaxUsers {
-        /// Where.
-        dir: PathBuf,
-        /// Pinned.
-        found: u64,
-        /// Configured.
-        wanted: u32,
-    },
     /// Several things went wrong while taking it down.
     #[error("taking down {}: {}", dir.display(), failed.join("; "))]
     Remove {
@@ -172,11 +171,37 @@ pub enum PinError {
     },
 }
 
+/// What pinned maps are for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pinned {
+    layout: u64,
+    max_users: u64,
+}
+
+impl std::fmt::Display for Pinned {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { layout, max_users } = self;
+        write!(f, "map layout {} ({:08x}) for {max_users} users", layout >> 32, *layout as u32)
+    }
+}
+
+/// What is done with what is in the directory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Plan {
+    /// There was nothing, or nothing whole.
+    Begin,
+    /// The maps are taken over.
+    Adopt,
+    /// The maps are not what this daemon uses: others take their place.
+    Replace(Pinned),
+}
+
 /// A directory of pins.
 pub struct Pins {
     dir: PathBuf,
     meta: Meta,
-    adopted: bool,
+    plan: Plan,
+    wanted: Pinned,
 }
 
 struct Meta {
@@ -234,23 +259,20 @@ impl Pins {
     /// Opens the data path pinned in `dir`, or begins a new one.
     ///
     /// # Errors
-    /// [`PinError`]: no BPF file system, or pins of another layout or size, which are left as they are.
+    /// [`PinError`]: no BPF file system, or pins that cannot be read, which are left as they are.
     pub fn open(dir: &Path, max_users: u32) -> Result<Self, PinError> {
+        let wanted = Pinned { layout: LAYOUT, max_users: max_users.into() };
         bpffs_for(dir)?;
         let path = dir.join(META);
         if path.exists() {
             let meta = Meta::open(path)?;
             if meta.get(Word::Magic, 0)? == MAGIC {
-                let found = meta.get(Word::Layout, 0)?;
-                if found != LAYOUT {
-                    let found = format!("{} ({:08x})", found >> 32, found as u32);
-                    return Err(PinError::Layout { dir: dir.into(), found });
-                }
-                let found = meta.get(Word::MaxUsers, 0)?;
-                if found != u64::from(max_users) {
-                    return Err(PinError::MaxUsers { dir: dir.into(), found, wanted: max_users });
-                }
-                return Ok(Self { dir: dir.into(), meta, adopted: true });
+                let (layout, max_users) = (meta.get(Word::Layout, 0)?, meta.get(Word::MaxUsers, 0)?);
+                let found = Pinned { layout, max_users };
+                let plan = if found == wanted { Plan::Adopt } else { Plan::Replace(found) };
+                let pins = Self { dir: dir.into(), meta, plan, wanted };
+                pins.remove_next()?;
+                return Ok(pins);
             }
         }
         // what a start left that did not get through
@@ -261,12 +283,81 @@ impl Pins {
             source,
         })?;
         let meta = Meta::create(dir.join(META))?;
-        Ok(Self { dir: dir.into(), meta, adopted: false })
+        Ok(Self { dir: dir.into(), meta, plan: Plan::Begin, wanted })
     }
 
-    /// Whether the data path was there.
+    /// Whether the maps are those that were there.
     pub const fn adopted(&self) -> bool {
-        self.adopted
+        matches!(self.plan, Plan::Adopt)
+    }
+
+    /// Whether there was nothing before.
+    pub const fn is_new(&self) -> bool {
+        matches!(self.plan, Plan::Begin)
+    }
+
+    /// What the maps are that are being replaced, if they are.
+    pub const fn replaces(&self) -> Option<Pinned> {
+        match self.plan {
+            Plan::Replace(found) => Some(found),
+            _ => None,
+        }
+    }
+
+    /// Sees that nothing is lost by replacing the maps, where that is to be done.
+    ///
+    /// # Errors
+    /// [`PinError::Busy`].
+    pub fn check_replaceable(&self, migrations: Vec<String>) -> Result<(), PinError> {
+        match self.plan {
+            Plan::Replace(found) if !migrations.is_empty() => {
+                let (dir, wanted) = (self.dir.clone(), self.wanted);
+                Err(PinError::Busy { dir, found, wanted, migrations })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// The new maps take the place of those they replace, which go.
+    fn take_place(&self) -> Result<(), PinError> {
+        let (next, old): (Vec<_>, Vec<_>) = self.maps()?.into_iter().partition(|name| name.starts_with(NEXT));
+        let renamed: Vec<String> = next.iter().map(|name| name.replacen(NEXT, MAP, 1)).collect();
+        for (from, to) in next.iter().zip(&renamed) {
+            let to = self.dir.join(to);
+            fs::rename(self.dir.join(from), &to).map_err(|source| PinError::File {
+                what: "renaming to",
+                path: to,
+                source,
+            })?;
+        }
+        for gone in old.iter().filter(|name| !renamed.contains(name)) {
+            self.unlink(&self.dir.join(gone))?;
+        }
+        Ok(())
+    }
+
+    /// Takes away what was begun in the place of the maps.
+    ///
+    /// # Errors
+    /// [`PinError::File`].
+    pub fn remove_next(&self) -> Result<(), PinError> {
+        for name in self.maps()?.into_iter().filter(|name| name.starts_with(NEXT)) {
+            self.unlink(&self.dir.join(name))?;
+        }
+        Ok(())
+    }
+
+    /// The files of maps.
+    fn maps(&self) -> Result<Vec<String>, PinError> {
+        let failed = |source| PinError::File { what: "listing", path: self.dir.clone(), source };
+        let mut names = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let name = entry.map_err(failed)?.file_name().to_string_lossy().into_owned();
+            if name.starts_with(MAP) || name.starts_with(NEXT) {
+                names.push(name);
+            }
+        }
+        Ok(names)
     }
 
     /// Where they are.
@@ -276,7 +367,8 @@ impl Pins {
 
     /// The file of a map.
     pub fn map(&self, name: &str) -> PathBuf {
-        self.dir.join(format!("map-{name}"))
+        let prefix = if self.replaces().is_some() { NEXT } else { MAP };
+        self.dir.join(format!("{prefix}{name}"))
     }
 
     /// The file of a program.
@@ -422,9 +514,12 @@ impl Pins {
     ///
     /// # Errors
     /// [`PinError::Map`].
-    pub fn complete(&mut self, max_users: u32, state_id: u64) -> Result<(), PinError> {
-        self.meta.set(Word::Layout, 0, LAYOUT)?;
-        self.meta.set(Word::MaxUsers, 0, max_users.into())?;
+    pub fn complete(&mut self, state_id: u64) -> Result<(), PinError> {
+        if self.replaces().is_some() {
+            self.take_place()?;
+        }
+        self.meta.set(Word::Layout, 0, self.wanted.layout)?;
+        self.meta.set(Word::MaxUsers, 0, self.wanted.max_users)?;
         self.meta.set(Word::State, 0, state_id)?;
         self.meta.set(Word::Magic, 0, MAGIC)
     }
@@ -434,7 +529,7 @@ impl Pins {
     /// # Errors
     /// [`PinError::Map`].
     pub fn max_entries(&self, name: &str) -> Result<Option<u32>, PinError> {
-        if !self.adopted {
+        if !self.adopted() {
             return Ok(None);
         }
         let path = self.map(name);
@@ -449,7 +544,7 @@ impl Pins {
     /// # Errors
     /// [`PinError::Shape`].
     pub fn check_shape(&self, name: &str, shape: Shape) -> Result<(), PinError> {
-        if !self.adopted {
+        if !self.adopted() {
             return Ok(());
         }
         let path = self.map(name);

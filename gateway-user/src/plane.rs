@@ -46,6 +46,7 @@ use aya::{
 use gateway_ebpf::{
     Access, Held, Hold, NETWORKS, Network, Outcome, PORTS, Run, SWITCHES, SwitchWord, User, UserKey, VIDS,
     hold::{HoldWord, Scratch},
+    home::{GROUP, groups_for},
     maps,
 };
 use nix::{
@@ -264,8 +265,10 @@ impl Plane {
             }
             loader.map_max_entries(name, shape.max_entries);
         }
+        let groups = groups_for(options.max_users);
         let mut ebpf = loader
             .override_global(maps::VIRTUAL_ROUTER_MAC, &virtual_router_mac, true)
+            .override_global(maps::USER_GROUPS, &groups, true)
             .load(OBJECT)
             .map_err(|source| PlaneError::Load { hint: load_hint(&source), source: source.into() })?;
 
@@ -364,7 +367,7 @@ impl Plane {
     }
 
     /// Attaches the program of `side` and pins its link, or takes over the one that is pinned: replaced by one update if it
-    /// differs (or has another virtual MAC), left alone if not.
+    /// differs (or its constants or maps do), left alone if not.
     ///
     /// # Errors
     /// [`PlaneError`].
@@ -373,7 +376,7 @@ impl Plane {
         (side, port): (Side, u16),
         interface: &Link,
         mode: Mode,
-        same_virtual_mac: bool,
+        same_constants: bool,
         pins: &Pins,
     ) -> Result<Attachment, PlaneError> {
         let path = pins.link(port);
@@ -390,7 +393,7 @@ impl Plane {
         let tag = program.info().map_err(|e| of_program("asking about", "", e))?.tag();
         let attachment = match pins.attached(port)? {
             Some(old) if old.ifindex == interface.index => {
-                if old.program_tag == tag && same_virtual_mac {
+                if old.program_tag == tag && same_constants {
                     return Ok(Attachment::Kept);
                 }
                 let link = PinnedLink::from_pin(&path).map_err(|e| of_link("opening", e.into()))?;
@@ -473,7 +476,7 @@ impl Plane {
                 }
             }
         };
-        clear(&self.user, &slots, &[0, 1, 2]);
+        clear(&self.user, &slots, &[1, 0, 2]);
         clear(&self.by_vid, &vids, &[0]);
         clear(&self.network, &networks, &[1, 0, 2, 3, 4, 5]);
         Ok(changes)
@@ -545,7 +548,8 @@ impl Plane {
 
     /// The word of `USER` for how a user comes in.
     fn access(&self, known_by: KnownBy, guard: bool) -> u64 {
-        Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard).0
+        let access = Access::new(self.ifindex[usize::from(known_by.port)], known_by.tag, guard);
+        if known_by.mac.is_some() { access.by_mac().0 } else { access.0 }
     }
 
     fn stamp(&self, cpu: usize, index: u16) -> &AtomicU64 {
@@ -729,7 +733,7 @@ fn shapes(max_users: u32, cpus: u32, memory: u32) -> [(&'static str, Shape); 17]
     let word = size_of::<u64>();
     let addresses = max_users.saturating_mul(ADDRESSES_MAX as u32);
     [
-        (maps::USER, shape(INDEX, size_of::<User>(), slots_for(max_users))),
+        (maps::USER, shape(INDEX, GROUP as usize * size_of::<User>(), groups_for(max_users))),
         (maps::USER_INDEX, shape(size_of::<UserKey>() as u32, size_of::<u32>(), max_users)),
         (maps::USER_BY_MAC, shape(WORD, size_of::<u32>(), max_users)),
         (maps::USER_BY_IP, shape(INDEX, size_of::<u32>(), addresses)),

@@ -777,6 +777,7 @@ impl gateway_server::Gateway for Gateway {
             name: port.link.name.clone(),
             // nothing else is attached, see Plane::attach
             attach_mode: self.0.mode.name().into(),
+            note: port.link.note().unwrap_or_else(|e| Some(chain(&e))).unwrap_or_default(),
         };
         let interfaces = [Side::Access, Side::Wan].into_iter().flat_map(|side| self.0.ports.of(side));
         let counters = self.counters(&core).map_err(|e| internal(&e))?;

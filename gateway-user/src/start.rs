@@ -104,6 +104,9 @@ pub(crate) fn start(config: &Config) -> Result<Started, StartError> {
         if !link.is_running()? {
             warn!(interface = link.name, "the interface is down or has no carrier");
         }
+        if let Some(note) = link.note()? {
+            info!(interface = link.name, "{note}");
+        }
     }
     match &config.pin_dir {
         None => start_unpinned(config, ports),
@@ -140,8 +143,13 @@ pub(crate) fn sockets(core: &Core, virtual_mac: Mac, ports: &Ports) -> Result<So
 fn start_unpinned(config: &Config, mut ports: Ports) -> Result<Started, StartError> {
     let mut plane = Plane::load(&options(config))?;
     for Port { link, .. } in ports.iter_mut() {
-        if link.show_tags()? {
-            info!(interface = link.name, "rx-vlan-offload switched off: it hides tags from the program");
+        let changed = link.adapt()?;
+        if changed != Changes::NONE {
+            info!(
+                interface = link.name,
+                ?changed,
+                "offloads changed: they hide from the program what it needs"
+            );
         }
     }
     set_ports(&mut plane, &ports)?;
@@ -163,29 +171,38 @@ fn start_pinned(config: &Config, dir: &Path, mut ports: Ports) -> Result<Started
     let known = saved.is_some();
     let saved = store.rewire(&config.wiring(), saved.unwrap_or_default());
     let mut pins = Pins::open(dir, config.max_users)?;
-    let fresh = !pins.adopted();
+    let fresh = pins.is_new();
     if !fresh && (!known || pins.state_id()? != store.id()) {
         return Err(StartError::OtherState { pins: dir.into(), state: state_dir });
     }
-    let table = Table::restore(&saved, config.max_users, fresh)
+    pins.check_replaceable(saved.under_way())?;
+    // in maps that are empty, users are numbered anew
+    let table = Table::restore(&saved, config.max_users, !pins.adopted())
         .map_err(|source| StartError::Snapshot { dir: state_dir, source });
     let started = table.and_then(|table| {
         let core = bring_up(config, &mut pins, table, &mut ports)?;
-        if fresh {
-            store.renew_id()?;
+        if !pins.adopted() {
+            if fresh {
+                store.renew_id()?;
+            }
             store.save(&core.table.snapshot())?;
-            pins.complete(config.max_users, store.id())?;
+            pins.complete(store.id())?;
         }
         Ok(core)
     });
     match started {
         Ok(core) => {
-            info!(pin_dir = %dir.display(), taken_over = !fresh, revision = core.table.revision(), "pinned");
+            if let Some(found) = pins.replaces() {
+                info!(%found, "the maps are replaced; what was counted so far went with the old ones");
+            }
+            let revision = core.table.revision();
+            info!(pin_dir = %dir.display(), taken_over = !fresh, revision, "pinned");
             Ok(Started { core, ports, store: Some(store), promiscuous: Vec::new() })
         }
         Err(error) => {
             // what was there goes on as it is; what this start began does not stay behind
-            if fresh && let Err(error) = pins::remove(dir) {
+            let undone = if fresh { pins::remove(dir).map(drop) } else { pins.remove_next() };
+            if let Err(error) = undone {
                 warn!(error = chain(&error), "taking down what was begun");
             }
             Err(error)
@@ -216,7 +233,8 @@ fn bring_up(
     grace_period()?;
 
     let virtual_mac = config.virtual_router_mac.word();
-    let same_virtual_mac = pins.virtual_mac()? == virtual_mac;
+    // with the same program on other maps, too, it has to be replaced
+    let same_program = pins.virtual_mac()? == virtual_mac && pins.replaces().is_none();
     let mode = match config.mode {
         Mode::Native => Changes::NONE,
         Mode::Generic => Changes::GENERIC,
@@ -230,7 +248,7 @@ fn bring_up(
         pins.note_interface(*number, link.index, needed.union(mode))?;
         link.change_for_good()?;
         let place = (*side, *number);
-        let attachment = plane.attach_pinned(place, link, config.mode, same_virtual_mac, pins)?;
+        let attachment = plane.attach_pinned(place, link, config.mode, same_program, pins)?;
         info!(side = side.name(), interface = link.name, mode = config.mode.name(), ?attachment, changed = ?needed, "attached");
     }
     pins.set_virtual_mac(virtual_mac)?;

@@ -40,6 +40,7 @@ use std::{
 use gateway_ebpf::{
     Link, NETWORKS, Router, SWITCHES, SwitchWord, User, UserWord,
     frame::{ip_word, ip6_words},
+    home::{GROUP, groups_for},
     words::{Phase, Selector},
 };
 
@@ -433,14 +434,14 @@ pub struct Table {
     switches: BTreeMap<Arc<str>, Switch>,
     past: HashMap<Arc<str>, Ended>,
     past_order: VecDeque<Arc<str>>,
-    slots: Indices,
+    slots: Slots,
     network_indices: Indices,
     switch_indices: Indices,
 }
 
-/// Slots of `USER` that `max_users` users need: replaced users keep theirs through a grace period. Slot 0 is no user's.
+/// Slots of `USER` that `max_users` users need. Slot 0 is no user's.
 pub const fn slots_for(max_users: u32) -> u32 {
-    2 * max_users + 1
+    groups_for(max_users) * GROUP
 }
 
 impl Table {
@@ -456,7 +457,7 @@ impl Table {
             switches: BTreeMap::new(),
             past: HashMap::new(),
             past_order: VecDeque::new(),
-            slots: Indices::new(slots_for(max_users)),
+            slots: Slots::new(max_users),
             network_indices: Indices::new(NETWORKS),
             switch_indices: Indices::new(SWITCHES),
         }
@@ -523,10 +524,7 @@ impl Table {
         next.users.retain(|name, user| {
             let keep = desired.users.contains_key(name);
             if !keep {
-                removals.push(Write::UserWord { slot: user.slot, word: UserWord::resting(0) });
-                removals.push(Write::UserIdentity { slot: user.slot, identity: 0 });
-                removals.push(Write::RemoveUser { known_by: user.spec.known_by() });
-                removals.extend(user.spec.all_addresses().map(|address| Write::RemoveAddress { address }));
+                removals.extend(user.removal());
                 retired.slots.push(user.slot);
             }
             keep
@@ -543,13 +541,24 @@ impl Table {
                     if user.spec == *spec {
                         continue;
                     }
-                    removals.push(Write::RemoveUser { known_by: user.spec.known_by() });
-                    removals
-                        .extend(user.spec.all_addresses().map(|address| Write::RemoveAddress { address }));
+                    if user.spec.known_by() == spec.known_by() {
+                        // found all the time
+                        removals.extend(user.addresses_removal());
+                        user.spec = spec.clone();
+                        additions.push(user.access_write());
+                        additions.extend(user.addresses_writes());
+                        continue;
+                    }
+                    // found by something else from now on: somewhere else, so that no entry is ever half another's
+                    removals.extend(user.removal());
+                    retired.slots.push(user.slot);
+                    user.slot = next.slots.take(spec.mac).ok_or(Refusal::Room("user"))?;
                     user.spec = spec.clone();
+                    let word = UserWord::resting(next.networks[&user.network].index);
+                    additions.push(Write::UserWord { slot: user.slot, word });
                 }
                 None => {
-                    let slot = next.slots.take().ok_or(Refusal::Room("user"))?;
+                    let slot = next.slots.take(spec.mac).ok_or(Refusal::Room("user"))?;
                     let state =
                         UserState { slot, spec: spec.clone(), network: Arc::clone(network), staged_by: None };
                     next.users.insert(Arc::clone(name), state);
@@ -588,7 +597,7 @@ impl Table {
 
     /// Gives indices back, after a grace period.
     pub fn reuse(&mut self, retired: Retired) {
-        self.slots.free.extend(retired.slots);
+        self.slots.give_back(retired.slots);
         self.network_indices.free.extend(retired.networks);
         self.switch_indices.free.extend(retired.switches);
     }
@@ -1073,18 +1082,39 @@ impl UserState {
         Asker { mac: self.spec.mac, v4: self.spec.v4(), v6: self.spec.v6() }
     }
 
-    /// All but where the user is, in an order that is safe while frames flow.
+    /// Everything about the user, in an order that is safe while frames flow: first nobody finds the entry any more.
+    fn removal(&self) -> impl Iterator<Item = Write> + '_ {
+        let (slot, known_by) = (self.slot, self.spec.known_by());
+        let of_user = [
+            Write::UserIdentity { slot, identity: 0 },
+            Write::UserWord { slot, word: UserWord::resting(0) },
+            Write::RemoveUser { known_by },
+        ];
+        of_user.into_iter().chain(self.addresses_removal())
+    }
+
+    fn addresses_removal(&self) -> impl Iterator<Item = Write> + '_ {
+        self.spec.all_addresses().map(|address| Write::RemoveAddress { address })
+    }
+
+    /// All but where the user is, in an order that is safe while frames flow: the entry is complete when it is found.
     fn writes(&self) -> impl Iterator<Item = Write> + '_ {
         let (slot, known_by) = (self.slot, self.spec.known_by());
         let mac = self.spec.mac.map_or(0, Mac::word);
         let of_user = [
+            self.access_write(),
             Write::UserIdentity { slot, identity: User::identity(mac, known_by.port) },
-            Write::UserAccess { slot, known_by, guard: self.spec.guard },
             Write::AddUser { known_by, slot },
         ];
-        of_user
-            .into_iter()
-            .chain(self.spec.all_addresses().map(move |address| Write::AddAddress { address, slot }))
+        of_user.into_iter().chain(self.addresses_writes())
+    }
+
+    fn access_write(&self) -> Write {
+        Write::UserAccess { slot: self.slot, known_by: self.spec.known_by(), guard: self.spec.guard }
+    }
+
+    fn addresses_writes(&self) -> impl Iterator<Item = Write> + '_ {
+        self.spec.all_addresses().map(|address| Write::AddAddress { address, slot: self.slot })
     }
 }
 
@@ -1136,6 +1166,9 @@ fn same_users(staged: &[Arc<str>], named: &[String]) -> bool {
 mod hold;
 use hold::HoldState;
 pub use hold::{HoldFigures, HoldStep, Release};
+
+mod slots;
+use slots::Slots;
 
 mod snapshot;
 pub use snapshot::{Snapshot, SnapshotError};

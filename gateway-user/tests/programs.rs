@@ -564,3 +564,84 @@ fn the_programs_do_not_grow_unnoticed_for_the_verifier() {
         assert!(verified <= VERIFIED_MAX, "{}: {verified} instructions verified", side.name());
     }
 }
+
+#[test]
+fn users_whose_macs_lead_to_the_same_homes_are_all_found_both_ways() {
+    let max_users = 16;
+    let groups = gateway_ebpf::home::groups_for(max_users);
+    let homes = |mac: Mac| gateway_ebpf::home::homes(mac.word(), groups).map(|home| home.group);
+    let wanted = homes(Mac([2, 0, 0, 1, 0, 0]));
+    // more than both homes have room for
+    let crowd: Vec<Mac> = (0..=u16::MAX)
+        .map(|n| Mac([2, 0, 0, 1, n.to_be_bytes()[0], n.to_be_bytes()[1]]))
+        .filter(|mac| homes(*mac) == wanted)
+        .take(12)
+        .collect();
+    assert_eq!(crowd.len(), 12);
+    let mut request = inventory();
+    request.users = crowd
+        .iter()
+        .enumerate()
+        .map(|(i, mac)| {
+            user(
+                &format!("u{i}"),
+                *mac,
+                &format!("10.1.0.{}", 100 + i),
+                if i % 2 == 0 { "net1" } else { "net2" },
+            )
+        })
+        .collect();
+    let mut rig = Rig::empty(max_users);
+    rig.configure(&request);
+    let found = |rig: &mut Rig, i: usize| {
+        let (vid, router) = if i.is_multiple_of(2) { (1, ROUTER1) } else { (2, ROUTER2) };
+        assert_eq!(rig.vid_of(crowd[i]), Some(vid), "user {i}");
+        let ran = rig.wan(&frame(crowd[i], router, Some(vid), IPV4, b"payload"));
+        expect(&ran, Outcome::WanForwarded, REDIRECT, &bare(crowd[i], VIRTUAL, None, IPV4, &ran.frame[14..]));
+        let other = rig.wan(&frame(crowd[i], router, Some(3 - vid), IPV4, b"payload"));
+        expect_dropped(&other, Outcome::WanStaleNetwork);
+        // the same by its second home, or none: with the user's own tag
+        let ran = rig.access(&frame(VIRTUAL, crowd[i], Some(77), IPV4, b"payload"));
+        assert_eq!((ran.outcome, tci(&ran.frame)), (Outcome::AccessForwarded, Some(vid)));
+    };
+    for i in 0..crowd.len() {
+        found(&mut rig, i);
+    }
+    // the first go: nobody finds them, and the others stay where they are
+    request.revision += 1;
+    let gone: Vec<_> = request.users.drain(..5).collect();
+    rig.configure(&request);
+    for mac in &crowd[..5] {
+        expect_dropped(&rig.access(&frame(VIRTUAL, *mac, None, IPV4, b"")), Outcome::AccessUnknownUser);
+        expect_dropped(&rig.wan(&frame(*mac, ROUTER1, Some(1), IPV4, b"")), Outcome::WanUnknownUser);
+    }
+    for i in 5..crowd.len() {
+        found(&mut rig, i);
+    }
+    request.revision += 1;
+    request.users.extend(gone);
+    rig.configure(&request);
+    for i in 0..crowd.len() {
+        found(&mut rig, i);
+    }
+}
+
+#[test]
+fn ipv6_data_goes_its_way_cut_off_or_not() {
+    let mut rig = Rig::new();
+    let mut packet = vec![0x60, 0, 0, 0, 0, 20, 17, 64];
+    packet.extend([0x20; 32]);
+    packet.extend([7; 20]);
+    let ran = rig.access(&bare(VIRTUAL, TARO, None, 0x86dd, &packet));
+    expect(&ran, Outcome::AccessForwarded, REDIRECT, &bare(ROUTER1, TARO, Some(1), 0x86dd, &packet));
+    let ran = rig.wan(&bare(TARO, ROUTER1, Some(1), 0x86dd, &packet));
+    expect(&ran, Outcome::WanForwarded, REDIRECT, &bare(TARO, VIRTUAL, None, 0x86dd, &packet));
+    for len in 0..40 {
+        let cut = rig.access(&bare(VIRTUAL, TARO, None, 0x86dd, &packet[..len]));
+        expect_dropped(&cut, Outcome::AccessTruncated);
+        expect_dropped(
+            &rig.wan(&bare(TARO, ROUTER1, Some(1), 0x86dd, &packet[..len])),
+            Outcome::WanTruncated,
+        );
+    }
+}

@@ -12,7 +12,7 @@ use std::{
 
 use handover_controller::{
     inventory::{self, Inventory},
-    patience::{Asking, Confirming, PREFLIGHT, attempt},
+    patience::{Asking, Confirming, Load, PREFLIGHT, attempt},
     session::{
         Command, Decision, Entry, Event, Finding, Outcome, Participant, Policy, Session, Severity, Step,
         Ticket, Vote,
@@ -512,7 +512,7 @@ impl Sim {
             Command::Check if plan.gateways.is_empty() => (Phase::LookSource, Patience::Check),
             Command::Check => (Phase::GatewayStatus(0), Patience::Check),
             c if c.confirmed_by().is_some() => (Phase::Single, Patience::After(Confirming::new(c))),
-            c => (Phase::Single, Patience::Before(Asking::new(c, 0))),
+            c => (Phase::Single, Patience::Before(Asking::new(c, Load::default()))),
         };
         if let Command::Switch(..) = &command {
             self.controller.asked_to_switch.insert(id.into());

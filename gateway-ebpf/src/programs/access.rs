@@ -2,7 +2,7 @@
 
 use aya_ebpf::{helpers::generated::bpf_get_smp_processor_id, programs::XdpContext};
 use gateway_ebpf::{
-    Outcome, User, UserKey,
+    Access, Outcome, User,
     frame::{
         ARP_REQUEST, Arp, ETHERTYPE_ARP, ETHERTYPE_IPV6, Eth, TPID_8021AD, TPID_8021Q, is_ipv4_over_ethernet,
         is_link_local, wire_ip_word, wire_mac_word, word_wire_mac,
@@ -12,7 +12,7 @@ use gateway_ebpf::{
 use super::{
     identity::{ACCESS_TAG, SPOOFED, UNKNOWN, guarded, sender},
     keep::{Keep, keep},
-    maps::{FoundNetwork, FoundUser, USER_INDEX, virtual_router_mac},
+    maps::{FoundNetwork, FoundUser, virtual_router_mac},
     neighbour::{GOES_ON, answer_for_router, neighbour_of_user},
     tags::{BadTags, Headers, Outer, at, fits, redirect, retag},
     watch::{Watched, stamp},
@@ -35,7 +35,7 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
     let found = find(ctx, wire_mac_word(src), headers.vid())?;
     let user = &found.user;
     let mut eth = eth;
-    if user.access().guard() {
+    if found.access.guard() {
         let refused = guarded(ctx.ctx, headers.l3, headers.ethertype, found.slot);
         if refused != GOES_ON {
             return Err(Outcome::from_index(refused).unwrap_or(Outcome::Internal));
@@ -78,6 +78,7 @@ pub fn from_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
 struct Found {
     slot: u32,
     user: FoundUser,
+    access: Access,
     /// The outer tag is the access side's, not the user's own.
     access_tag: bool,
 }
@@ -86,13 +87,9 @@ struct Found {
 #[inline(always)]
 fn find(ctx: &XdpContext, mac: u64, vid: u16) -> Result<Found, Outcome> {
     let ifindex = ctx.ingress_ifindex() as u32;
-    if vid == 0 {
-        // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
-        if let Some(slot) = unsafe { USER_INDEX.get(UserKey { mac, ifindex, tag: 0 }) } {
-            let slot = *slot;
-            let user = FoundUser::by_mac(slot, mac).ok_or(Outcome::AccessUnknownUser)?;
-            return Ok(Found { slot, user, access_tag: false });
-        }
+    let way = Access::new(ifindex, vid, false).by_mac();
+    if let Some((slot, user, access)) = FoundUser::at_home(mac, |access| access.same_way(way)) {
+        return Ok(Found { slot, user, access, access_tag: vid != 0 });
     }
     match sender(mac, ifindex, vid.into()) {
         UNKNOWN => Err(Outcome::AccessUnknownUser),
@@ -100,7 +97,8 @@ fn find(ctx: &XdpContext, mac: u64, vid: u16) -> Result<Found, Outcome> {
         sender => {
             let (slot, access_tag) = (sender as u32, sender & ACCESS_TAG != 0);
             let user = FoundUser::in_slot(slot).ok_or(Outcome::Internal)?;
-            Ok(Found { slot, user, access_tag })
+            let access = user.access();
+            Ok(Found { slot, user, access, access_tag })
         }
     }
 }

@@ -9,7 +9,9 @@ use aya_ebpf::{
 };
 use gateway_ebpf::{
     Access, Link, NETWORKS, Network, Outcome, PORTS, Router, Run, SWITCHES, Selection, SwitchWord, User,
-    UserKey, UserWord, VIDS, frame::Ip6Words,
+    UserKey, UserWord, VIDS,
+    frame::Ip6Words,
+    home::{GROUP, homes},
 };
 
 /// How often a user's word is read when it and its switch are of different generations.
@@ -18,7 +20,7 @@ const READS: u32 = 4;
 // Sizes marked "set at load" are placeholders for what the daemon's configuration and the machine ask for. Users have few
 // of the addresses there is room for, so those take memory when they are there.
 #[map]
-pub static USER: Array<User> = Array::with_max_entries(1024, BPF_F_MMAPABLE); // set at load
+pub static USER: Array<[User; GROUP as usize]> = Array::with_max_entries(1024, BPF_F_MMAPABLE); // set at load
 #[map]
 pub static USER_INDEX: HashMap<UserKey, u32> = HashMap::with_max_entries(1024, 0); // set at load
 #[map]
@@ -47,6 +49,14 @@ pub static LAST_OLD: Array<u64> = Array::with_max_entries(SWITCHES, BPF_F_MMAPAB
 #[unsafe(no_mangle)]
 static VIRTUAL_ROUTER_MAC: u64 = 0; // set at load
 
+#[unsafe(no_mangle)]
+static USER_GROUPS: u32 = 0; // set at load
+
+pub fn user_groups() -> u32 {
+    // SAFETY: a constant of this program; volatile because its value is put there at load.
+    unsafe { read_volatile(&raw const USER_GROUPS) }
+}
+
 pub fn virtual_router_mac() -> u64 {
     // SAFETY: a constant of this program; volatile because its value is put there at load.
     unsafe { read_volatile(&raw const VIRTUAL_ROUTER_MAC) }
@@ -68,10 +78,34 @@ impl FoundUser {
 
     #[inline(always)]
     pub fn in_slot(slot: u32) -> Option<Self> {
-        let user = USER.get_ptr(slot)?;
+        let group = USER.get_ptr(slot / GROUP)?.cast::<User>();
+        // SAFETY: one of the group's entries.
+        Some(Self::at(unsafe { group.add((slot % GROUP) as usize) }))
+    }
+
+    /// The user with `mac` whose way in `is_right`, if the user is at home; and the slot. See [`gateway_ebpf::home`].
+    #[inline(always)]
+    pub fn at_home(mac: u64, is_right: impl Fn(Access) -> bool) -> Option<(u32, Self, Access)> {
+        for home in homes(mac, user_groups()) {
+            let entries = USER.get_ptr(home.group)?.cast::<User>();
+            for slot in home.slots() {
+                // SAFETY: one of the group's entries.
+                let found = Self::at(unsafe { entries.add((slot % GROUP) as usize) });
+                if User::mac_of(found.identity) == mac {
+                    let access = found.access();
+                    if is_right(access) {
+                        return Some((slot, found, access));
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    #[inline(always)]
+    fn at(user: *const User) -> Self {
         // SAFETY: an element of the map, read as the one word that the daemon writes.
-        let identity = unsafe { read_volatile(&raw const (*user).identity) };
-        Some(Self { user, identity })
+        Self { user, identity: unsafe { read_volatile(&raw const (*user).identity) } }
     }
 
     #[inline(always)]

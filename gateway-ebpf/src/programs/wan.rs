@@ -129,6 +129,9 @@ pub fn to_user(ctx: &XdpContext) -> Result<Outcome, Outcome> {
 #[inline(always)]
 fn by_destination(ctx: &XdpContext, dst: WireMac, headers: &Headers) -> Result<FoundUser, Outcome> {
     let mac = wire_mac_word(dst);
+    if let Some((_, user, _)) = FoundUser::at_home(mac, |access| access.is_by_mac()) {
+        return Ok(user);
+    }
     // SAFETY: the value is copied; `by_mac` finds out if it was replaced meanwhile.
     if let Some(slot) = unsafe { USER_BY_MAC.get(mac) } {
         return FoundUser::by_mac(*slot, mac).ok_or(Outcome::WanUnknownUser);

@@ -47,6 +47,17 @@ const LIVE_ROUNDS: usize = 11;
 /// When nothing has arrived for so long, nothing more will.
 const SILENCE: Duration = Duration::from_millis(10);
 
+/// What is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Part {
+    /// Both.
+    All,
+    /// Programs alone.
+    Dry,
+    /// Across veths.
+    Live,
+}
+
 #[derive(Serialize)]
 struct Report {
     bench: &'static str,
@@ -92,7 +103,7 @@ struct Live {
 }
 
 /// Measures and prints.
-pub fn run(json: bool, users: &[u32]) -> anyhow::Result<()> {
+pub fn run(json: bool, users: &[u32], part: Part) -> anyhow::Result<()> {
     place::enter()?;
     let mut machine = Machine::now()?;
     place::pin(0)?;
@@ -100,11 +111,16 @@ pub fn run(json: bool, users: &[u32]) -> anyhow::Result<()> {
         .iter()
         .flat_map(|&users| [FEW.min(users), users].map(|speaking| (users, speaking)))
         .map(|(users, speaking)| {
-            eprintln!("{users} users, of whom {speaking} speak: programs alone ...");
-            let dry = dry(users, speaking).with_context(|| format!("programs alone, {users} users"))?;
-            eprintln!("{users} users, of whom {speaking} speak: across veths ...");
-            let live = live(users, speaking).with_context(|| format!("across veths, {users} users"))?;
-            Ok(Row { users, speaking, dry, live })
+            let mut row = Row { users, speaking, dry: Vec::new(), live: Vec::new() };
+            if part != Part::Live {
+                eprintln!("{users} users, of whom {speaking} speak: programs alone ...");
+                row.dry = dry(users, speaking).with_context(|| format!("programs alone, {users} users"))?;
+            }
+            if part != Part::Dry {
+                eprintln!("{users} users, of whom {speaking} speak: across veths ...");
+                row.live = live(users, speaking).with_context(|| format!("across veths, {users} users"))?;
+            }
+            Ok(row)
         })
         .collect::<anyhow::Result<_>>()?;
     machine.ended()?;
@@ -129,6 +145,7 @@ fn dry(users: u32, speaking: u32) -> anyhow::Result<Vec<Dry>> {
         ("XDP_PASS", Some(Next::Pass)),
         ("bare redirect", Some(Next::Redirect)),
         ("redirect, one tag for all", Some(Next::RedirectTagged)),
+        ("redirect, tag from one line", Some(Next::OneLine)),
         ("handover", Some(Next::Handover)),
         ("one hash map, user -> tag", Some(Next::HashMap)),
         ("tc, bare redirect", None),
@@ -363,39 +380,50 @@ impl Report {
     fn print(&self) {
         self.machine.print();
         for row in &self.rows {
-            println!();
-            println!(
-                "{} users, of whom {} speak: programs alone, per frame (making the frame included):",
-                row.users, row.speaking
-            );
-            let mut dry = table(1, &["way", "median", "least", "above redirect"]);
-            for d in &row.dry {
-                let above = d.above_redirect_ns.map(|ns| format!("{ns:+.1} ns")).unwrap_or_default();
-                dry.add_row([
-                    d.way.into(),
-                    format!("{:.1} ns", d.ns),
-                    format!("{:.1} ns", d.least_ns),
-                    above,
-                ]);
-            }
-            println!("{dry}");
-            println!();
-            println!("{} users, of whom {} speak: across two veths on one CPU:", row.users, row.speaking);
-            let mut live = table(1, &["way", "delivered", "lost on the way", "of bare redirect"]);
-            for l in &row.live {
-                if let Some(why) = &l.skipped {
-                    live.add_row([l.way.to_owned(), format!("skipped: {why}")]);
-                    continue;
-                }
-                live.add_row([
-                    l.way.into(),
-                    format!("{:.3} Mpps/CPU", l.mpps),
-                    format!("{:.1} %", l.not_delivered * 100.0),
-                    l.of_redirect.map(|of| format!("{of:.2}")).unwrap_or_default(),
-                ]);
-            }
-            println!("{live}");
+            row.print_dry();
+            row.print_live();
         }
+    }
+}
+
+impl Row {
+    fn print_dry(&self) {
+        if self.dry.is_empty() {
+            return;
+        }
+        println!();
+        println!(
+            "{} users, of whom {} speak: programs alone, per frame (making the frame included):",
+            self.users, self.speaking
+        );
+        let mut dry = table(1, &["way", "median", "least", "above redirect"]);
+        for d in &self.dry {
+            let above = d.above_redirect_ns.map(|ns| format!("{ns:+.1} ns")).unwrap_or_default();
+            dry.add_row([d.way.into(), format!("{:.1} ns", d.ns), format!("{:.1} ns", d.least_ns), above]);
+        }
+        println!("{dry}");
+    }
+
+    fn print_live(&self) {
+        if self.live.is_empty() {
+            return;
+        }
+        println!();
+        println!("{} users, of whom {} speak: across two veths on one CPU:", self.users, self.speaking);
+        let mut live = table(1, &["way", "delivered", "lost on the way", "of bare redirect"]);
+        for l in &self.live {
+            if let Some(why) = &l.skipped {
+                live.add_row([l.way.to_owned(), format!("skipped: {why}")]);
+                continue;
+            }
+            live.add_row([
+                l.way.into(),
+                format!("{:.3} Mpps/CPU", l.mpps),
+                format!("{:.1} %", l.not_delivered * 100.0),
+                l.of_redirect.map(|of| format!("{of:.2}")).unwrap_or_default(),
+            ]);
+        }
+        println!("{live}");
     }
 }
 

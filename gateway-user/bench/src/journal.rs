@@ -1,5 +1,5 @@
-//! Accounts for every frame that was sent while a selector was turned: came out once, under a network that was selected at
-//! some time of the frame's own program run. Pure.
+//! Accounts for every frame that was sent while a selector was turned: came out once, under the network that the store which
+//! its program run read had selected. Pure.
 //!
 //! ```text
 //!   daemon's CPU    begun = k   store k   done = k                     store k selects the old network if k is even,
@@ -7,8 +7,11 @@
 //! ```
 //!
 //! When `before` was read, every store up to it was made; a store later than `after` was not begun when the run had ended. So
-//! the run read the selector as store `before`, or one of those up to `after`, left it, and no other: if the two are equal
-//! there is exactly one VID that is right.
+//! the run read the selector as store `before`, or one of those up to `after`, left it, and no other. And runs follow each other
+//! on one CPU, which never reads a word older than it has read it before: a run read no store before the one that the run before
+//! it read. What is left is tied to one store by the VID, which tells odd from even, as long as no more than two are left: the
+//! stores are made so far apart that two do not fall into one run, unless the kernel takes the CPU away in the middle of it.
+//! If none is left, the frame is on the wrong VLAN.
 
 use gateway_bench_ebpf::ONCE;
 use serde::Serialize;
@@ -32,14 +35,21 @@ pub struct Tally {
     pub lost: u64,
     /// Came out more than once.
     pub duplicated: u64,
-    /// Came out under a network that was not selected at any time of the frame's run.
+    /// Came out under a network that no store selected which the frame's run can have read.
     pub wrong: u64,
     /// Of those that came out right: under the old network.
     pub old: u64,
     /// The same: under the new one.
     pub new: u64,
-    /// Frames during whose run a store was made, so that either network was right.
+    /// Of those: tied to the one store that their run read.
+    pub tied: u64,
+    /// Frames during whose run a store was made.
     pub raced: u64,
+    /// Of those, under the network that the store left: it came too late for them.
+    pub raced_old: u64,
+    /// The store that the last frame's run read, or the first of those it may have.
+    #[serde(skip)]
+    pub read: u64,
 }
 
 impl Tally {
@@ -55,13 +65,22 @@ impl Tally {
             1 => {}
             _ => self.duplicated += 1,
         }
-        let raced = after > before;
-        self.raced += u64::from(raced);
-        let selected = (before % 2) as usize;
+        self.raced += u64::from(after > before);
         let vid = (received % ONCE) as u16;
-        if vid != vids[selected] && !(raced && vid == vids[1 - selected]) {
+        let earliest = before.max(self.read);
+        // the first store that selects the frame's network, of those its run can have read
+        let read = match vids.iter().position(|v| *v == vid) {
+            Some(side) => earliest + ((earliest % 2) ^ side as u64),
+            None => u64::MAX,
+        };
+        if read > after {
             self.wrong += 1;
-        } else if vid == vids[0] {
+            return;
+        }
+        self.read = read;
+        self.tied += u64::from(read + 2 > after);
+        self.raced_old += u64::from(after > before && read < after);
+        if vid == vids[0] {
             self.old += 1;
         } else {
             self.new += 1;
@@ -113,6 +132,33 @@ mod tests {
                 assert_eq!(of(before, after, ONCE + vid).wrong, 1);
             }
         }
+    }
+
+    #[test]
+    fn a_frame_in_a_race_is_tied_to_the_store_it_read() {
+        let old = of(4, 5, ONCE + 1);
+        assert_eq!((old.tied, old.raced_old, old.read), (1, 1, 4));
+        let new = of(4, 5, ONCE + 2);
+        assert_eq!((new.tied, new.raced_old, new.read), (1, 0, 5));
+        // three stores are possible, of which two select the old network
+        assert_eq!(of(4, 6, ONCE + 1).tied, 0);
+        assert_eq!(of(4, 6, ONCE + 2).tied, 1);
+    }
+
+    #[test]
+    fn nobody_goes_back_to_what_was_selected_before() {
+        let mut tally = Tally::default();
+        let mut enter = |before, after, vid| {
+            tally.enter(Entry { before, after, received: ONCE + vid }, VIDS);
+            tally
+        };
+        assert!(enter(0, 1, 1).is_flawless());
+        assert!(enter(0, 1, 2).is_flawless(), "turned in the middle of both runs");
+        // store 1 was read: the old network cannot be read again before store 2
+        assert_eq!(enter(0, 1, 1).wrong, 1);
+        // and one frame astray does not make the next one so
+        assert_eq!(enter(1, 1, 2).wrong, 1);
+        assert_eq!(enter(1, 2, 1).wrong, 1);
     }
 
     #[test]

@@ -53,6 +53,9 @@ enum What {
         #[arg(long, value_delimiter = ',', default_value = "65536,1000000",
               value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
         users: Vec<u32>,
+        /// What is measured
+        #[arg(long, value_enum, default_value = "all")]
+        part: forward::Part,
     },
     /// Generated frames through the programs, each compared with what the oracle predicts
     Fuzz {
@@ -71,7 +74,7 @@ enum What {
 fn main() -> ExitCode {
     let result = match Arguments::parse().what {
         What::Switch { json, flips, users } => switch::run(json, flips, &users),
-        What::Forward { json, users } => forward::run(json, &users),
+        What::Forward { json, users, part } => forward::run(json, &users, part),
         What::Fuzz { frames, seed, json } => fuzz::run(frames, seed, json),
     };
     match result {

@@ -11,7 +11,10 @@ use aya::{
     maps::{ArrayOfMaps, DevMap, HashMap, Map, MapData, PerCpuArray, ProgramArray},
     programs::{Program, SchedClassifier, TestRun as _, TestRunAttrs, TestRunOptions, Xdp, XdpMode},
 };
-use gateway_bench_ebpf::{FRAME_LEN, IP, IP_AT, JOURNAL, Next, OUT, SOURCE_AT, USER_NET, USER_OUI, checksum};
+use gateway_bench_ebpf::{
+    FRAME_LEN, IP, IP_AT, JOURNAL, LINES_LEN, Next, OUT, SOURCE_AT, USER_NET, USER_OUI, checksum,
+};
+use gateway_ebpf::home::groups_for;
 use handover_api::v1;
 use handover_gateway::{
     desired::{Desired, Wiring},
@@ -64,8 +67,12 @@ pub struct Programs {
 impl Programs {
     /// Loads them. `source` hands its frames on to `next`, `tc_forward` sends to the interface `tc_out`.
     pub fn load(users: u32, next: Next, tc_out: u32) -> anyhow::Result<Self> {
+        // as many octets as the gateway's table of so many users
+        let lines = groups_for(users);
         let mut ebpf = EbpfLoader::new()
             .map_max_entries("BY_MAC", users)
+            .map_max_entries("LINES", lines)
+            .override_global("LINES_COUNT", &lines, true)
             .override_global("HAND_ON_TO", &(next as u32), true)
             .override_global("TC_OUT", &tc_out, true)
             .override_global("ROUTER_MAC", &ROUTERS[1].word(), true)
@@ -80,12 +87,6 @@ impl Programs {
             };
             loaded.with_context(|| format!("loading {name}"))?;
         }
-        let words = |ebpf: &mut Ebpf, name: &str, entries: u32, words| {
-            let map = ebpf.take_map(name).with_context(|| format!("no map {name}"))?;
-            let Map::Array(data) = map else { anyhow::bail!("{name} is no array") };
-            Mapping::new(data.fd().as_fd(), entries as usize, words)
-                .with_context(|| format!("mapping {name}"))
-        };
         let mut programs = Self {
             state: words(&mut ebpf, "STATE", 1, 4)?,
             clock: words(&mut ebpf, "CLOCK", 1, 2)?,
@@ -108,6 +109,7 @@ impl Programs {
             (Next::HashMap, "by_hash_map"),
             (Next::MapInMap, "by_map_in_map"),
             (Next::Drop, "drop"),
+            (Next::OneLine, "one_line"),
         ];
         for (next, name) in targets {
             let program = xdp(&mut programs.ebpf, name)?;
@@ -115,6 +117,13 @@ impl Programs {
                 .next
                 .set(next as u32, program.fd()?, 0)
                 .with_context(|| format!("handing on to {name}"))?;
+        }
+        let words = LINES_LEN / size_of::<u64>();
+        let table = self::words(&mut programs.ebpf, "LINES", lines, words)?;
+        for element in 0..table.len() {
+            for word in [0, words / 2] {
+                table.word(element, word).store(VIDS[0].into(), Ordering::Relaxed);
+            }
         }
         programs.state.word(0, 1).store(users.into(), Ordering::Release);
         programs.state.word(0, 2).store(0x9e37_79b9_7f4a_7c15, Ordering::Release);
@@ -252,6 +261,13 @@ impl Programs {
         ensure!(attr.count as usize == keys.len(), "{} of {} updated", attr.count, keys.len());
         Ok(())
     }
+}
+
+/// An array of 64-bit words, in memory.
+fn words(ebpf: &mut Ebpf, name: &str, entries: u32, words: usize) -> anyhow::Result<Mapping> {
+    let map = ebpf.take_map(name).with_context(|| format!("no map {name}"))?;
+    let Map::Array(data) = map else { anyhow::bail!("{name} is no array") };
+    Mapping::new(data.fd().as_fd(), entries as usize, words).with_context(|| format!("mapping {name}"))
 }
 
 fn take<T>(ebpf: &mut Ebpf, name: &str) -> anyhow::Result<T>

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     ACCESS_PORT, Ended, HoldFigures, Indices, NetworkSpec, NetworkState, State, Switch, SwitchAnswer, Table,
-    UserSpec, UserState, Write, slots_for,
+    UserSpec, UserState, Write,
 };
 use crate::mac::Mac;
 
@@ -114,6 +114,11 @@ enum EndedRecord {
 }
 
 impl Snapshot {
+    /// The migrations whose switches are staged or made, and not ended.
+    pub fn under_way(&self) -> Vec<String> {
+        self.switches.keys().map(|migration| format!("`{migration}`")).collect()
+    }
+
     /// Says where users and networks are, for interfaces with other numbers.
     pub fn move_ports(&mut self, port_now: impl Fn(u16) -> u16) {
         for port in self.users.values_mut().map(|u| &mut u.port) {
@@ -288,11 +293,15 @@ impl Table {
         }
         table.network_indices = used.indices();
 
-        let mut used = Used::new("user", slots_for(max_users));
         let (mut keys, mut addresses) = (HashSet::new(), HashSet::new());
-        for (number, (name, u)) in (1..).zip(&snapshot.users) {
-            let slot = if renumber { number } else { u.slot };
-            used.take(slot, name)?;
+        for (name, u) in &snapshot.users {
+            let slot = if renumber {
+                table.slots.take(u.mac)
+            } else {
+                Some(u.slot).filter(|s| table.slots.claim(*s))
+            };
+            let slot =
+                slot.ok_or_else(|| SnapshotError::Index { what: "user", name: name.clone(), index: u.slot })?;
             let twice = |what, value| SnapshotError::Twice { what, value, name: name.clone() };
             let spec = UserSpec {
                 mac: u.mac,
@@ -317,7 +326,6 @@ impl Table {
             let network = table.known_network("user", name, &u.network)?;
             table.users.insert(name.as_str().into(), UserState { slot, spec, network, staged_by: None });
         }
-        table.slots = used.indices();
 
         let mut used = Used::new("migration", SWITCHES);
         for (migration, s) in &snapshot.switches {

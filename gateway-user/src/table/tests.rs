@@ -359,7 +359,7 @@ fn a_state_that_cannot_be_is_refused_naming_what() {
     assert!(Table::restore(&serde_json::from_value(good.clone()).unwrap(), 8, false).is_ok());
     for (path, value, named) in [
         ("/users/taro/slot", 0.into(), ["`taro`", "index 0"]),
-        ("/users/taro/slot", 17.into(), ["`taro`", "index 17"]),
+        ("/users/taro/slot", slots_for(8).into(), ["`taro`", "index 20"]),
         ("/users/taro/slot", good["users"]["hanako"]["slot"].clone(), ["`taro`", "another one's"]),
         ("/users/taro/mac", good["users"]["hanako"]["mac"].clone(), ["MAC address", "02:00:00:00:01:02"]),
         ("/users/taro/addresses", serde_json::json!([]), ["`taro`", "no address"]),
@@ -552,6 +552,38 @@ fn users_can_swap_addresses() {
     world.configure(&request).unwrap();
     assert_eq!(world.vids(), [2, 1, 1], "taro and jiro have each other's MAC");
     assert_eq!(world.maps.addresses.len(), 6, "one each, and one each made of the MAC");
+}
+
+#[test]
+fn a_user_with_another_mac_gets_another_slot_and_one_with_other_addresses_is_never_lost() {
+    let world = World::new();
+    let before = world.maps.macs.clone();
+    let mut request = inventory();
+    request.users[0].mac = Mac([2, 0, 0, 0, 9, 9]).to_string();
+    request.users[1].addresses = vec!["10.1.0.77".into()];
+    let desired = Desired::new(&request, &Wiring::single(VIRTUAL)).unwrap();
+    let (_, writes, retired) = world.table.configured(&desired).unwrap();
+    let old = before[&TARO];
+    assert_eq!(retired.slots, [old]);
+    let of_old: Vec<_> = writes
+        .iter()
+        .filter(|w| {
+            matches!(w, Write::UserWord { slot, .. } | Write::UserIdentity { slot, .. } | Write::UserAccess { slot, .. }
+                if *slot == old)
+        })
+        .collect();
+    assert!(
+        matches!(of_old[..], [Write::UserIdentity { identity: 0, .. }, Write::UserWord { .. }]),
+        "first nobody finds it: {of_old:?}"
+    );
+    assert!(writes.iter().any(|w| matches!(w, Write::AddUser { slot, .. } if *slot != old)));
+    let hanako = before[&HANAKO];
+    let touched = |w: &&Write| {
+        matches!(w, Write::UserWord { slot, .. } | Write::UserIdentity { slot, .. } | Write::AddUser { slot, .. }
+            if *slot == hanako)
+            || matches!(w, Write::RemoveUser { known_by } if known_by.mac == Some(HANAKO))
+    };
+    assert_eq!(writes.iter().find(touched), None);
 }
 
 #[test]

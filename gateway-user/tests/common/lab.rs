@@ -20,7 +20,7 @@ use std::{
     process::{Child, ChildStderr, Command, Stdio},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
         mpsc,
     },
     thread,
@@ -41,7 +41,7 @@ use nix::{
         signal::{Signal, kill},
         socket::{
             AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, setsockopt, socket,
-            sockopt::ReceiveTimeout,
+            sockopt::{RcvBufForce, ReceiveTimeout},
         },
         time::{TimeVal, TimeValLike as _},
     },
@@ -341,6 +341,68 @@ impl Drop for Daemon {
     }
 }
 
+/// Numbered frames from taro to the router on `flat`, without end; in the meantime somebody does things to the daemon.
+pub struct Stream {
+    sent: Arc<AtomicU64>,
+    stop: Arc<AtomicBool>,
+    sender: thread::JoinHandle<()>,
+    receiver: thread::JoinHandle<Vec<u64>>,
+}
+
+impl Stream {
+    /// Between two frames.
+    const PACE: Duration = Duration::from_micros(20);
+
+    pub fn start(lab: &Lab) -> Self {
+        let receiver = lab.router.run(|| UdpSocket::bind((R, 9)).unwrap());
+        receiver.set_read_timeout(Some(Duration::from_millis(500))).unwrap();
+        setsockopt(&receiver, RcvBufForce, &(64 << 20)).unwrap();
+        let sender = lab.taro.run(|| UdpSocket::bind((TARO_IP, 0)).unwrap());
+        let (sent, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+        let (sending, stopping) = (Arc::clone(&sent), Arc::clone(&stop));
+        let sender = thread::spawn(move || {
+            let mut next = Instant::now();
+            while !stopping.load(Ordering::Relaxed) {
+                let number = sending.load(Ordering::Relaxed);
+                sender.send_to(&number.to_be_bytes(), (R, 9)).unwrap();
+                sending.store(number + 1, Ordering::Relaxed);
+                next += Self::PACE;
+                thread::sleep(next.saturating_duration_since(Instant::now()));
+            }
+        });
+        let receiver = thread::spawn(move || {
+            let (mut seen, mut buffer) = (Vec::new(), [0; 8]);
+            // the last frame is followed by silence
+            while let Ok((8, _)) = receiver.recv_from(&mut buffer) {
+                seen.push(u64::from_be_bytes(buffer));
+            }
+            seen
+        });
+        let stream = Self { sent, stop, sender, receiver };
+        stream.goes_on();
+        stream
+    }
+
+    /// Returns when a few more frames have been sent.
+    pub fn goes_on(&self) {
+        let from = self.sent.load(Ordering::Relaxed);
+        while self.sent.load(Ordering::Relaxed) < from + 5000 {
+            thread::sleep(Self::PACE);
+        }
+    }
+
+    /// Ends it; every frame has to have come, once, in order. Returns how many.
+    pub fn ends_whole(self) -> u64 {
+        self.stop.store(true, Ordering::Relaxed);
+        self.sender.join().unwrap();
+        let seen = self.receiver.join().unwrap();
+        let sent = self.sent.load(Ordering::Relaxed);
+        let odd: Vec<_> = seen.windows(2).filter(|w| w[1] != w[0] + 1).collect();
+        assert_eq!((seen.len() as u64, &odd[..]), (sent, &[][..]), "sent {sent}");
+        sent
+    }
+}
+
 /// The router's end of the wire: every frame that comes out of it, as it is on the wire, and a router in VLAN 2.
 pub struct Wire {
     pub frames: mpsc::Receiver<Vec<u8>>,
@@ -429,7 +491,7 @@ pub fn packet_socket(interface: &str) -> OwnedFd {
 
 /// A frame as it was on the wire: a tag that the kernel moved out is put back.
 pub fn receive(socket: &OwnedFd) -> Option<Vec<u8>> {
-    let mut buffer = [0; 2048];
+    let mut buffer = [0; 1 << 14];
     let mut control = nix::cmsg_space!(libc::tpacket_auxdata);
     let mut parts = [std::io::IoSliceMut::new(&mut buffer)];
     let message = nix::sys::socket::recvmsg::<()>(

@@ -68,10 +68,23 @@ pub enum Next {
     MapInMap = 5,
     /// XDP_DROP.
     Drop = 6,
+    /// Load one cache line of the user's own, anywhere in a table of all users, push its tag, redirect.
+    OneLine = 7,
 }
 
 /// Entries of `NEXT`.
-pub const NEXTS: u32 = 7;
+pub const NEXTS: u32 = 8;
+
+/// Octets of an element of `LINES`: two cache lines that lie next to each other.
+pub const LINES_LEN: usize = 128;
+
+/// Where in `LINES` (so many elements) the user with this MAC has its line: element, and octet of it.
+#[inline(always)]
+pub const fn line_of(mac: u64, elements: u32) -> (u32, usize) {
+    let mixed = mac.wrapping_mul(0xd6e8_feb8_6659_fd93);
+    let mixed = (mixed ^ (mixed >> 32)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    ((((mixed >> 32) * elements as u64) >> 32) as u32, (mixed as usize & 1) * (LINES_LEN / 2))
+}
 
 /// Where redirects go: index into `DEVICE`.
 pub const OUT: u32 = 0;

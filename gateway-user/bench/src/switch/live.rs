@@ -4,8 +4,11 @@
 //!   CPU 0   BPF_PROG_TEST_RUN, live frames: source_noted --tail call--> access --redirect--> wan0
 //!                                           journal: before, after                            |
 //!                                           journal: received <------------ sink <----------- up0
-//!   CPU 1   store: new network; wait until no run is left that read the old selector; store: old network; ...
+//!   CPU 1   store: new network; wait until no run is left that read the old selector; a frame or two; store: old network; ...
 //! ```
+//!
+//! Between two stores two frames are begun at least, so that no run meets both, and then a random moment is chosen: a store
+//! falls anywhere into a run or between two.
 //!
 //! After each batch every frame of it is accounted for ([`Tally`]). The check is checked in the same run: frames that all
 //! get the old network's tag while the new one is selected have to be found wrong, and frames that are dropped to be found
@@ -37,6 +40,10 @@ const BATCH: u32 = 1 << 14;
 const ARRIVAL: Duration = Duration::from_secs(1);
 /// Users that send.
 const USERS: u32 = 65_536;
+/// Frames that are begun between two stores, at least: the run of one of them has both its ends there.
+const FRAMES_BETWEEN: u64 = 2;
+/// Spins until the next store, at most; longer than a run.
+const MOMENT: u64 = 64;
 /// Frames for the check of the check.
 const PLANTED: u64 = 10 * BATCH as u64;
 
@@ -151,6 +158,7 @@ fn turn(
     let (begun, done) = programs.clock();
     let mut windows = Vec::with_capacity(flips as usize);
     let mut stores = 0;
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
     while !stop.load(Ordering::Acquire) && (windows.len() as u64) < flips {
         for selector in [Selector::B, Selector::A] {
             stores += 1;
@@ -161,9 +169,28 @@ fn turn(
             if selector == Selector::B {
                 windows.push(window);
             }
+            let seen = programs.number();
+            while programs.number().wrapping_sub(seen) < FRAMES_BETWEEN && !stop.load(Ordering::Acquire) {
+                hint::spin_loop();
+            }
+            for _ in 0..random.next_below(MOMENT) {
+                hint::spin_loop();
+            }
         }
     }
     windows
+}
+
+/// Numbers without a pattern (xorshift).
+struct Random(u64);
+
+impl Random {
+    const fn next_below(&mut self, end: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        ((self.0 >> 32) * end) >> 32
+    }
 }
 
 fn send(programs: &Programs, frames: Option<u64>, stop: &AtomicBool) -> anyhow::Result<Tally> {
@@ -204,11 +231,15 @@ fn send(programs: &Programs, frames: Option<u64>, stop: &AtomicBool) -> anyhow::
 
 impl Live {
     pub fn print(&self) {
-        let Tally { frames, lost, duplicated, wrong, old, new, raced } = self.frames;
+        let Tally { frames, lost, duplicated, wrong, old, new, tied, raced, raced_old, .. } = self.frames;
         println!("{} users switched and put back {} times while frames flowed:", self.users, self.switches);
         println!(
-            "  {frames} frames: {lost} lost, {duplicated} duplicated, {wrong} on the wrong VLAN \
-             ({old} old, {new} new; a store was made during the run of {raced})"
+            "  {frames} frames: {lost} lost, {duplicated} duplicated, {wrong} on the wrong VLAN ({old} old, {new} new)"
+        );
+        println!(
+            "  {tied} of them ({:.3} %) tied to the one store their run read; during the run of {raced} a store was made, \
+             for {raced_old} of those too late",
+            tied as f64 * 100.0 / frames.max(1) as f64
         );
         println!("  store -> last frame under the old network:");
         let mut rows = vec![("all switches", Some(self.window))];

@@ -152,7 +152,7 @@ fn to_json(what: What, status: &v1::GatewayStatus) -> Value {
             "revision": status.revision,
             "pin_dir": given(&status.pin_dir),
             "interfaces": status.interfaces.iter().map(|i| json!({
-                "role": i.role, "name": i.name, "attach_mode": i.attach_mode,
+                "role": i.role, "name": i.name, "attach_mode": i.attach_mode, "note": given(&i.note),
             })).collect::<Value>(),
             "networks": status.networks.len(),
             "users": status.users.len(),
@@ -257,9 +257,12 @@ fn to_table(what: What, status: &v1::GatewayStatus) -> String {
             } else {
                 lines(&["OUTCOME", "FRAMES"], &[1], counters)
             };
+            let notes =
+                status.interfaces.iter().filter_map(|i| Some(format!("\n{}: {}", i.name, given(&i.note)?)));
             format!(
-                "{summary}\n\n{}\n\n{counters}",
+                "{summary}\n\n{}{}\n\n{counters}",
                 lines(&["SIDE", "INTERFACE", "ATTACHED"], &[], interfaces),
+                notes.collect::<String>(),
             )
         }
         What::Users => {

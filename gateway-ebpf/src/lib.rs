@@ -23,6 +23,7 @@
 //!   have read the old words has ended. The generation is the second line of defence.
 #![no_std]
 
+pub mod debug;
 pub mod frame;
 pub mod hold;
 pub mod home;

@@ -21,7 +21,7 @@ mod programs;
 
 use aya_ebpf::{bindings::xdp_action, macros::xdp, programs::XdpContext};
 use gateway_ebpf::{Outcome, outcome::Action};
-use programs::{access::from_user, maps::COUNTERS, plain, wan::to_user};
+use programs::{access::from_user, debug::traced, maps::COUNTERS, plain, wan::to_user};
 
 /// Frames from the users.
 #[xdp(frags)]
@@ -39,6 +39,18 @@ pub fn wan(ctx: XdpContext) -> u32 {
         return verdict(result);
     }
     verdict(to_user(&ctx))
+}
+
+/// As `access` (by the rules alone, without the short way), and tells of the frames of the user who is debugged.
+#[xdp(frags)]
+pub fn access_debug(ctx: XdpContext) -> u32 {
+    verdict(traced(&ctx, true, from_user))
+}
+
+/// As `wan` (by the rules alone), and tells of the frames for the user who is debugged.
+#[xdp(frags)]
+pub fn wan_debug(ctx: XdpContext) -> u32 {
+    verdict(traced(&ctx, false, to_user))
 }
 
 #[inline(always)]

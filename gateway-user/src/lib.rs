@@ -21,10 +21,11 @@
 //!   such a frame looks like then, and the marker.
 //! - [`oracle`]: the rules for frames once more, in plain Rust; [`fuzz`]: generated frames, programs and oracle compared.
 //! - [`ports`]: the interfaces, as configured. [`start`]: how all of it comes up, or is taken over.
-//! - [`watch`]: what happens, told to who looks on; [`windows`]: how long switches took.
+//! - [`watch`]: what happens, told to who looks on; [`debug`]: what becomes of one user's frames; [`windows`]: how long switches took.
 //! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
 pub mod config;
+pub mod debug;
 pub mod desired;
 pub mod fuzz;
 pub mod groups;

@@ -22,6 +22,8 @@
 //!
 //! Failures: [`PlaneError`] names what was done to what, and for the usual reasons what to do.
 
+mod debug;
+
 use std::{
     collections::{HashMap as Known, HashSet},
     fs, io,
@@ -217,6 +219,9 @@ pub struct Plane {
     counters: PerCpuArray<MapData, u64>,
     /// By port; 0: none.
     ifindex: [u32; PORTS as usize],
+    /// What can be debugged.
+    attached: Vec<debug::Attached>,
+    trace: Option<debug::Trace>,
 }
 
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/gateway"));
@@ -281,18 +286,18 @@ impl Plane {
                 source: source.into(),
             })?;
         }
-        let user = Arc::new(mapping(&mut ebpf, maps::USER, slots, 4)?);
-        let switch = Arc::new(mapping(&mut ebpf, maps::SWITCH, SWITCHES, 1)?);
-        let network = Arc::new(mapping(&mut ebpf, maps::NETWORK, NETWORKS, 8)?);
-        let run = Arc::new(mapping(&mut ebpf, maps::RUN, cpus, 8)?);
+        let user = Arc::new(mapping(&ebpf, maps::USER, slots, 4)?);
+        let switch = Arc::new(mapping(&ebpf, maps::SWITCH, SWITCHES, 1)?);
+        let network = Arc::new(mapping(&ebpf, maps::NETWORK, NETWORKS, 8)?);
+        let run = Arc::new(mapping(&ebpf, maps::RUN, cpus, 8)?);
         let holds = Holds {
             user: Arc::clone(&user),
             switch: Arc::clone(&switch),
             network: Arc::clone(&network),
             run: Arc::clone(&run),
-            hold: mapping(&mut ebpf, maps::HOLD, SWITCHES, HoldWord::ReleaseEnded as usize + 1)?,
-            held: mapping(&mut ebpf, maps::HELD, slots, 2)?,
-            ring: Mutex::new(ring(&mut ebpf, memory)?),
+            hold: mapping(&ebpf, maps::HOLD, SWITCHES, HoldWord::ReleaseEnded as usize + 1)?,
+            held: mapping(&ebpf, maps::HELD, slots, 2)?,
+            ring: Mutex::new(ring(&ebpf, memory)?),
             bounds: Bounds { memory, ..options.hold },
         };
         holds.enforce();
@@ -302,9 +307,9 @@ impl Plane {
             network,
             run,
             holds: Arc::new(holds),
-            by_vid: mapping(&mut ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
-            port: mapping(&mut ebpf, maps::PORT, PORTS, 1)?,
-            last_old: mapping(&mut ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
+            by_vid: mapping(&ebpf, maps::NETWORK_BY_VID, VIDS, 1)?,
+            port: mapping(&ebpf, maps::PORT, PORTS, 1)?,
+            last_old: mapping(&ebpf, maps::LAST_OLD, (cpus + 1) * SWITCHES, 1)?,
             user_index: typed(&mut ebpf, maps::USER_INDEX)?,
             by_mac: typed(&mut ebpf, maps::USER_BY_MAC)?,
             by_ip: typed(&mut ebpf, maps::USER_BY_IP)?,
@@ -313,6 +318,8 @@ impl Plane {
             counters: typed(&mut ebpf, maps::COUNTERS)?,
             ebpf,
             ifindex: [0; _],
+            attached: Vec::new(),
+            trace: None,
         })
     }
 
@@ -380,6 +387,7 @@ impl Plane {
         pins: &Pins,
     ) -> Result<Attachment, PlaneError> {
         let path = pins.link(port);
+        self.attached.push(debug::Attached::Pinned(side, path.clone()));
         let of_link =
             |what, source| PlaneError::PinnedLink { what, side: side.name(), path: path.clone(), source };
         let of_program = |what, hint, source| PlaneError::Program {
@@ -700,9 +708,11 @@ impl Plane {
 }
 
 fn xdp(ebpf: &mut Ebpf, side: Side) -> Result<&mut Xdp, PlaneError> {
-    ebpf.program_mut(side.name())
-        .and_then(|program| program.try_into().ok())
-        .ok_or(PlaneError::Object(side.name()))
+    xdp_named(ebpf, side.name())
+}
+
+fn xdp_named<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut Xdp, PlaneError> {
+    ebpf.program_mut(name).and_then(|program| program.try_into().ok()).ok_or(PlaneError::Object(name))
 }
 
 fn map_error(
@@ -771,22 +781,23 @@ fn forget_others<K: Pod + Eq + std::hash::Hash>(
 }
 
 /// Maps an array of `words` 64-bit words per element.
-fn mapping(ebpf: &mut Ebpf, name: &'static str, entries: u32, words: usize) -> Result<Mapping, PlaneError> {
-    let map = ebpf.take_map(name).ok_or(PlaneError::Object(name))?;
+fn mapping(ebpf: &Ebpf, name: &'static str, entries: u32, words: usize) -> Result<Mapping, PlaneError> {
+    // it stays open there: a program that is loaded later names it by its descriptor
+    let map = ebpf.map(name).ok_or(PlaneError::Object(name))?;
     let map_in = |data: &MapData| {
         Mapping::new(data.fd().as_fd(), entries as usize, words)
             .map_err(|source| map_error(name, "mapping into memory (needs kernel 5.5)", source))
     };
     // the element's type is the program's; only its size matters here
     match map {
-        Map::Array(data) => map_in(&data),
+        Map::Array(data) => map_in(data),
         _ => Err(PlaneError::Object(name)),
     }
 }
 
 /// Maps the ring of held frames.
-fn ring(ebpf: &mut Ebpf, size: u32) -> Result<Ring, PlaneError> {
-    match ebpf.take_map(maps::FRAMES) {
+fn ring(ebpf: &Ebpf, size: u32) -> Result<Ring, PlaneError> {
+    match ebpf.map(maps::FRAMES) {
         Some(Map::RingBuf(data)) => Ring::open(data.fd().as_fd(), size)
             .map_err(|source| map_error(maps::FRAMES, "mapping into memory (needs kernel 5.8)", source)),
         _ => Err(PlaneError::Object(maps::FRAMES)),

@@ -75,7 +75,7 @@ pub(crate) struct Inner {
     wiring: Wiring,
     pin_dir: Option<PathBuf>,
     mode: Mode,
-    ports: Ports,
+    pub(crate) ports: Ports,
     /// Of a data path that ends with the daemon; the other kind is promiscuous by itself.
     _promiscuous: Vec<Promiscuous>,
     /// By port of a WAN interface.
@@ -91,6 +91,8 @@ pub(crate) struct Inner {
     windows: Mutex<Windows>,
     /// Who looks on.
     pub(crate) watchers: Watchers,
+    /// One user at a time is debugged.
+    pub(crate) debugging: Arc<tokio::sync::Mutex<()>>,
     core: Mutex<Core>,
     /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
     configuring: tokio::sync::Mutex<()>,
@@ -129,6 +131,7 @@ impl Gateway {
             copies: Default::default(),
             windows: Mutex::default(),
             watchers: Watchers::new(),
+            debugging: Arc::default(),
             core: Mutex::new(core),
             configuring: tokio::sync::Mutex::default(),
             store: store.map(|store| Arc::new(tokio::sync::Mutex::new(store))),
@@ -266,7 +269,15 @@ impl Gateway {
     /// # Errors
     /// PERMISSION_DENIED.
     pub(crate) fn may_look<T>(&self, request: &Request<T>) -> Result<(), Status> {
-        match require_role(request, MAY_LOOK)? {
+        self.may(request, MAY_LOOK)
+    }
+
+    /// Whether `request` is from one of `roles`; if from a gateway, from this one.
+    ///
+    /// # Errors
+    /// PERMISSION_DENIED.
+    pub(crate) fn may<T>(&self, request: &Request<T>, roles: &[Role]) -> Result<(), Status> {
+        match require_role(request, roles)? {
             caller @ Peer::Remote { role: Role::Gateway, .. } if !matches!(&caller, Peer::Remote { name, .. } if *name == self.0.name) => {
                 Err(Status::permission_denied(format!(
                     "{caller} may not ask gateway {} about its users",
@@ -579,7 +590,7 @@ impl Gateway {
 
 /// Work that takes long with many users (a million: seconds). This thread's other tasks go on elsewhere meanwhile, among them
 /// the connection whose call it is, which would else be taken for dead.
-fn long<T>(work: impl FnOnce() -> T) -> T {
+pub(crate) fn long<T>(work: impl FnOnce() -> T) -> T {
     tokio::task::block_in_place(work)
 }
 

@@ -156,7 +156,8 @@ fn start_unpinned(config: &Config, mut ports: Ports) -> Result<Started, StartErr
     let promiscuous = ports.iter().map(|port| Promiscuous::on(&port.link)).collect::<Result<_, _>>()?;
     // no user is known yet, so nothing passes
     for port in ports.iter() {
-        plane.attach_in(port.side, &port.link.name, port.link.index, config.mode)?;
+        let link = plane.attach_in(port.side, &port.link.name, port.link.index, config.mode)?;
+        plane.remember(port.side, link);
         let (interface, mode) = (&port.link.name, config.mode.name());
         info!(side = port.side.name(), interface, mode, "attached");
     }

@@ -967,6 +967,11 @@ impl Table {
         Some(Learned { before, write: news.then_some(Write::NetworkRouter { index, router }) })
     }
 
+    /// A user's MAC: `None` for nobody, and within for a user who is known otherwise.
+    pub fn mac_of(&self, user: &str) -> Option<Option<Mac>> {
+        self.users.get(user).map(|user| user.spec.mac)
+    }
+
     /// The ports that these users and networks are behind, as far as they are known.
     pub fn ports_of(&self, users: &[String], networks: [&str; 2]) -> BTreeSet<u16> {
         let users = users.iter().filter_map(|name| Some(self.users.get(name.as_str())?.spec.port));

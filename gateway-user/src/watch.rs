@@ -20,7 +20,10 @@ use tokio::{
 use tokio_stream::{Stream, wrappers::ReceiverStream};
 use tonic::{Request, Response, Status};
 
-use crate::service::{Gateway, internal};
+use crate::{
+    debug,
+    service::{Gateway, internal},
+};
 
 /// Changes that a watcher may be behind.
 const BEHIND: usize = 256;
@@ -32,10 +35,10 @@ const INTERVAL_MS: u32 = 1000;
 const INTERVALS_MS: std::ops::RangeInclusive<u32> = 100..=60_000;
 
 /// A change, or (`None`) the end of the daemon.
-type News = Option<Box<(u64, v1::Change)>>;
+pub(crate) type News = Option<Box<(u64, v1::Change)>>;
 
 /// Who looks on.
-pub(crate) struct Watchers(broadcast::Sender<News>);
+pub(crate) struct Watchers(pub(crate) broadcast::Sender<News>);
 
 impl Watchers {
     pub(crate) fn new() -> Self {
@@ -122,6 +125,13 @@ impl Gateway {
 
 #[tonic::async_trait]
 impl gateway_events_server::GatewayEvents for Gateway {
+    type DebugStream = Pin<Box<dyn Stream<Item = Result<v1::DebugFrame, Status>> + Send>>;
+
+    async fn debug(&self, request: Request<v1::DebugRequest>) -> Result<Response<Self::DebugStream>, Status> {
+        let frames = debug::begin(self, request)?;
+        Ok(Response::new(Box::pin(ReceiverStream::new(frames))))
+    }
+
     type WatchStream = Pin<Box<dyn Stream<Item = Result<v1::WatchEvent, Status>> + Send>>;
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {

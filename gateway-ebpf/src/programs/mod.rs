@@ -2,6 +2,7 @@
 //! made of.
 
 pub mod access;
+pub mod debug;
 pub mod identity;
 pub mod keep;
 pub mod maps;

@@ -5,6 +5,7 @@
 //! `handover-gateway detach`.
 
 mod ask;
+mod debug;
 mod watch;
 
 use std::{path::PathBuf, process::ExitCode, time::Duration};
@@ -58,6 +59,17 @@ enum Verb {
     Networks(Format),
     /// The switches under way, and how long the users' frames went on in the old network at those that were made
     Switches(Format),
+    /// What becomes of each frame from and for one user, as it happens. While it lasts, programs that tell are attached in the
+    /// place of the usual ones, which know nothing of it
+    Debug {
+        /// The user, who has to be known by a MAC
+        user: String,
+        /// How long: 30s, 5m
+        #[arg(long = "for", value_name = "TIME", default_value = "30s", value_parser = seconds)]
+        time: u32,
+        #[command(flatten)]
+        format: Format,
+    },
     /// What happens, as it happens: changes of who is on which network, what becomes of the frames, what is held. Ends with
     /// Ctrl-C, when nobody reads its output any more, or after --count events
     Watch {
@@ -70,6 +82,17 @@ enum Verb {
         #[arg(long, value_name = "MS", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(100..=60_000))]
         interval: u32,
     },
+}
+
+/// "30s", "5m" or a number of seconds.
+fn seconds(text: &str) -> Result<u32, String> {
+    let (number, unit) = match (text.strip_suffix('s'), text.strip_suffix('m')) {
+        (Some(number), _) => (number, 1),
+        (_, Some(number)) => (number, 60),
+        _ => (text, 1),
+    };
+    let seconds = number.parse().ok().and_then(|n: u32| n.checked_mul(unit));
+    seconds.filter(|s| (1..=3600).contains(s)).ok_or_else(|| "use 1s to 3600s, or 1m to 60m".into())
 }
 
 #[derive(clap::Args)]
@@ -119,6 +142,9 @@ fn act(arguments: &Arguments) -> Result<(), (u8, anyhow::Error)> {
         Some(Verb::Users(format)) => (ask::What::Users, format.output),
         Some(Verb::Networks(format)) => (ask::What::Networks, format.output),
         Some(Verb::Switches(format)) => (ask::What::Switches, format.output),
+        Some(Verb::Debug { user, time, format }) => {
+            return debug::debug(&config, &tls, user, *time, format.output).map_err(failed);
+        }
         Some(Verb::Watch { format, count, interval }) => {
             return watch::watch(&config, &tls, format.output, *count, *interval).map_err(failed);
         }

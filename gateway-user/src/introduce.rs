@@ -197,13 +197,19 @@ impl Introducer {
         let mut router = None;
         let mut unanswered: HashSet<Mac> = askers.iter().map(|(mac, _)| *mac).collect();
         for patience in ROUNDS {
+            askers.retain(|(mac, _)| unanswered.contains(mac));
             let mut pace = interval(PACE);
             for chunk in askers.chunks(BURST) {
                 pace.tick().await;
-                for (mac, asker) in chunk.iter().filter(|(mac, _)| unanswered.contains(mac)) {
+                for (mac, asker) in chunk {
                     for question in questions(place, *mac, *asker) {
                         self.send(&question).await?;
                     }
+                }
+                // of a million users, not a million answers at once
+                while let Ok(heard) = answers.try_recv() {
+                    router = Some(heard.router);
+                    unanswered.remove(&heard.to);
                 }
             }
             let until = Instant::now() + patience;

@@ -24,6 +24,7 @@
 //! - [`watch`]: what happens, told to who looks on; [`debug`]: what becomes of one user's frames; [`windows`]: how long switches took.
 //! - [`service`]: the gRPC service that ties them together. [`socket`]: where it is served locally.
 
+mod caller;
 pub mod config;
 pub mod debug;
 pub mod desired;

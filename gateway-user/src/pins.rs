@@ -16,7 +16,9 @@
 //! - Maps of another layout or for another number of users are never reinterpreted, not even read: new ones are filled from the
 //!   state on disk beside them (`next-map-USER` ...), each attached program is replaced by one that uses those, with one update
 //!   of its link, and only then do they take the old maps' names. Whoever is interrupted in between begins that anew. Only
-//!   between switches: whether a switch was made, its maps alone know for sure.
+//!   between switches: whether a switch was made, its maps alone know for sure. (A router that was learned in the last
+//!   milliseconds before a kill, and is not on disk yet, has to be learned again, and until it has answered its users' frames for
+//!   it are dropped and counted.)
 //! - What was changed at an interface is in `meta` before it is changed, so that it can be undone by whoever takes it down.
 
 use std::{

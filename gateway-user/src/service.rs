@@ -35,6 +35,7 @@ use tonic::{Code, Request, Response, Status};
 use tracing::{debug, info, warn};
 
 use crate::{
+    caller::Remembered,
     config::Config,
     desired::{self, Desired, Invalid, Wiring},
     groups::{Budget, Copies, Group, Groups, Hearers, HearersByNetwork},
@@ -94,6 +95,8 @@ pub(crate) struct Inner {
     /// One user at a time is debugged.
     pub(crate) debugging: Arc<tokio::sync::Mutex<()>>,
     core: Mutex<Core>,
+    /// Who may switch.
+    switches_for: Remembered,
     /// Held through a `Configure`, so that two do not wait for one another's grace periods inside.
     configuring: tokio::sync::Mutex<()>,
     /// Where it is kept who is where, if the data path outlives the daemon. Held from before a change goes to disk until it
@@ -133,6 +136,7 @@ impl Gateway {
             watchers: Watchers::new(),
             debugging: Arc::default(),
             core: Mutex::new(core),
+            switches_for: Remembered::default(),
             configuring: tokio::sync::Mutex::default(),
             store: store.map(|store| Arc::new(tokio::sync::Mutex::new(store))),
         }));
@@ -918,7 +922,7 @@ impl gateway_server::Gateway for Gateway {
         request: Request<v1::SwitchRequest>,
     ) -> Result<Response<v1::SwitchResponse>, Status> {
         let received_ns = monotonic_ns();
-        require_role(&request, CONTROLLER)?;
+        self.0.switches_for.require_role(&request, CONTROLLER)?;
         let v1::SwitchRequest { migration, switch, generation, users, to_network, users_digest } =
             request.into_inner();
         let named = match (users.is_empty(), users_digest.is_empty()) {

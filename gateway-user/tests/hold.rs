@@ -215,6 +215,14 @@ fn staged(lab: &Lab) -> v1::StageResponse {
     lab.call(async |mut gateway| gateway.stage(stage("m", "net2")).await.unwrap().into_inner())
 }
 
+/// A daemon with the switch `m` staged, taro's numbered frames, and what comes out.
+fn flowing(lab: &Lab) -> (Daemon, v1::StageResponse, Capture, Numbers) {
+    let daemon = lab.start();
+    let staged = staged(lab);
+    let capture = Capture::start(lab);
+    (daemon, staged, capture, Numbers::start(lab, TARO_IP))
+}
+
 fn hold_of(staged: &v1::StageResponse, migration: &str) -> v1::HoldRequest {
     v1::HoldRequest {
         migration: migration.into(),
@@ -265,10 +273,7 @@ fn a_stream_through_hold_switch_and_finish_is_whole() {
 fn whole_stream(segmentation: &str) {
     let lab = lab(false);
     lab.gateway.sh(&format!("ethtool -K wan0 tso {segmentation} gso {segmentation}"));
-    let _daemon = lab.start();
-    let staged = staged(&lab);
-    let capture = Capture::start(&lab);
-    let stream = Numbers::start(&lab, TARO_IP);
+    let (_daemon, staged, capture, stream) = flowing(&lab);
 
     let answer = hold(&lab, hold_of(&staged, "m"));
     println!("held: {answer:?}");
@@ -305,10 +310,7 @@ fn whole_stream(segmentation: &str) {
 fn an_abort_releases_into_the_old_network() {
     for switched in [false, true] {
         let lab = lab(false);
-        let _daemon = lab.start();
-        let staged = staged(&lab);
-        let capture = Capture::start(&lab);
-        let stream = Numbers::start(&lab, TARO_IP);
+        let (_daemon, staged, capture, stream) = flowing(&lab);
         hold(&lab, hold_of(&staged, "m"));
         stream.goes_on(5000);
         if switched {
@@ -329,10 +331,7 @@ fn an_abort_releases_into_the_old_network() {
 #[test]
 fn what_a_killed_daemon_held_its_successor_releases() {
     let lab = lab(true);
-    let daemon = lab.start();
-    let staged = staged(&lab);
-    let capture = Capture::start(&lab);
-    let stream = Numbers::start(&lab, TARO_IP);
+    let (daemon, staged, capture, stream) = flowing(&lab);
     hold(&lab, hold_of(&staged, "m"));
     stream.goes_on(3000);
     daemon.kill();
@@ -363,10 +362,7 @@ fn what_a_killed_daemon_held_its_successor_releases() {
 #[test]
 fn what_was_in_the_hands_of_a_killed_daemon_is_counted_as_lost_and_holds_nobody_up() {
     let lab = lab(true);
-    let daemon = lab.start();
-    let staged = staged(&lab);
-    let capture = Capture::start(&lab);
-    let stream = Numbers::start(&lab, TARO_IP);
+    let (daemon, staged, capture, stream) = flowing(&lab);
     hold(&lab, hold_of(&staged, "m"));
     stream.goes_on(3000);
     daemon.kill();
@@ -394,10 +390,7 @@ fn what_was_in_the_hands_of_a_killed_daemon_is_counted_as_lost_and_holds_nobody_
 #[test]
 fn after_the_deadline_frames_flow_without_the_daemon() {
     let lab = lab(false);
-    let daemon = lab.start();
-    let staged = staged(&lab);
-    let capture = Capture::start(&lab);
-    let stream = Numbers::start(&lab, TARO_IP);
+    let (daemon, staged, capture, stream) = flowing(&lab);
     hold(&lab, v1::HoldRequest { deadline_ms: 300, ..hold_of(&staged, "m") });
     switch(&lab, &staged, "m");
     daemon.signal(Signal::SIGSTOP);
@@ -508,10 +501,7 @@ fn bad_holds_are_refused_naming_thing_and_value_and_hold_nothing() {
 #[test]
 fn a_daemon_killed_while_it_releases_sends_nothing_twice_and_its_successor_the_rest() {
     let lab = lab(true);
-    let daemon = lab.start();
-    let staged = staged(&lab);
-    let capture = Capture::start(&lab);
-    let stream = Numbers::start(&lab, TARO_IP);
+    let (daemon, staged, capture, stream) = flowing(&lab);
     hold(&lab, hold_of(&staged, "m"));
     stream.goes_on(30_000);
     switch(&lab, &staged, "m");

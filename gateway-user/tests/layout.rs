@@ -5,7 +5,12 @@
 
 mod common;
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::Path,
+    thread,
+    time::{Duration, Instant},
+};
 
 use aya::maps::{Array, HashMap};
 use common::lab::*;
@@ -43,6 +48,12 @@ fn maps_of_another_version_are_replaced_under_load_and_no_frame_is_lost() {
     lab.call(async |mut gateway| gateway.configure(configuration()).await.unwrap());
     assert!(lab.echo());
     let files = pinned(&lab);
+    // what was learned goes to disk soon after, and only from there into other maps
+    let (state, begun) = (lab.dir.path().join("state/table.json"), Instant::now());
+    while !fs::read_to_string(&state).unwrap().contains("learned") {
+        assert!(begun.elapsed() < PATIENCE, "the router's MAC is not saved");
+        thread::sleep(Duration::from_millis(5));
+    }
     daemon.kill();
 
     for other in [LAYOUT_VERSION - 1, LAYOUT_VERSION + 7] {

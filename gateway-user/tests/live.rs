@@ -5,6 +5,7 @@
 mod common;
 
 use std::{
+    collections::HashSet,
     fs,
     net::UdpSocket,
     os::{
@@ -569,4 +570,47 @@ fn broadcast_reaches_exactly_the_users_of_the_network() {
     // and what the router's kernel says to all by itself
     assert!(counter("group_copied") >= 9 && counter("wan_group") >= 8);
     assert_eq!(counter("group_not_copied"), 0);
+}
+
+#[test]
+fn thousands_of_users_are_all_introduced_before_they_are_switched_at_once() {
+    const USERS: u16 = 4096;
+    let lab = Lab::new();
+    let daemon = lab.start();
+    let wire = Wire::new(&lab.router);
+    let mac = |n: u16| Mac([2, 0, 0, 7, n.to_be_bytes()[0], n.to_be_bytes()[1]]);
+    let names: Vec<String> = (0..USERS).map(|n| format!("user{n}")).collect();
+    let mut request = configuration();
+    request.users = (0..USERS)
+        .map(|n| {
+            user(&names[usize::from(n)], mac(n), &format!("10.1.{}.{}", 16 + (n >> 8), n & 0xff), "flat")
+        })
+        .collect();
+    lab.call(async |mut gateway| gateway.configure(request).await.unwrap());
+    let request = v1::StageRequest { users: names.clone(), ..stage("m", "net2") };
+    let staged = lab.call(async |mut gateway| gateway.stage(request).await.unwrap().into_inner());
+    // it has answered, so all have been asked as
+    let introduced: HashSet<Mac> = wire
+        .frames
+        .try_iter()
+        .filter(|frame| frame[12..18] == [0x81, 0, 0, 2, 8, 6])
+        .map(|frame| Mac(frame[6..12].try_into().unwrap()))
+        .collect();
+    assert_eq!(introduced, (0..USERS).map(mac).collect());
+
+    let request = v1::SwitchRequest { users_digest: users::digest(&names).into(), ..switch_of(&staged, "m") };
+    lab.call(async |mut gateway| gateway.switch(request).await.unwrap());
+    let status = lab.status();
+    assert_eq!(status.users.len(), usize::from(USERS));
+    assert_eq!(status.users.iter().find(|u| u.network != "net2"), None);
+    let frame = bare(VIRTUAL, mac(USERS - 1), None, IPV4, &[7; 46]);
+    let socket = lab.taro.run(|| packet_socket("eth0"));
+    send(socket.as_raw_fd(), &frame, MsgFlags::empty()).unwrap();
+    let seen = wire.wait_for(|frame| frame.ends_with(&[7; 46]));
+    assert_eq!(seen.last().unwrap()[..16], [&ROUTER2.0[..], &mac(USERS - 1).0, &[0x81, 0, 0, 2]].concat());
+
+    lab.call(async |mut gateway| {
+        gateway.finish(v1::FinishSwitchRequest { migration: "m".into() }).await.unwrap()
+    });
+    assert_eq!(daemon.stop().0, 0);
 }

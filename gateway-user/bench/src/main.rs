@@ -50,7 +50,7 @@ enum What {
         #[arg(long)]
         json: bool,
         /// Numbers of users to compare for
-        #[arg(long, value_delimiter = ',', default_value = "65536,1000000",
+        #[arg(long, value_delimiter = ',', default_value = "1024,65536,1000000",
               value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
         users: Vec<u32>,
         /// What is measured

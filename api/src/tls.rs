@@ -15,19 +15,22 @@ use std::{
     os::unix::fs::OpenOptionsExt as _,
     path::{Path, PathBuf},
     str::FromStr,
+    sync::{Arc, RwLock},
     time::Duration,
 };
 
-use hyper_util::client::legacy::connect::HttpConnector;
 use tonic::{
-    Request, Status,
+    Extensions, Request, Status,
     transport::{
-        Certificate, Channel, ClientTlsConfig, Endpoint, Identity, ServerTlsConfig, server::UdsConnectInfo,
+        Channel, Endpoint,
+        server::{TcpConnectInfo, TlsConnectInfo, UdsConnectInfo},
     },
 };
 
-/// How long one attempt to connect may take; see [`Tls::endpoint`].
-const CONNECT: Duration = Duration::from_millis(750);
+use crate::live::{self, Loaded};
+
+/// How long one attempt to connect may take.
+pub(crate) const CONNECT: Duration = Duration::from_millis(750);
 
 /// What a holder of a certificate is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -112,6 +115,14 @@ pub enum TlsError {
         #[source]
         source: io::Error,
     },
+    /// A file is not what it has to be.
+    #[error("{}: {why}", path.display())]
+    Unfit {
+        /// Which.
+        path: PathBuf,
+        /// What is wrong with it.
+        why: String,
+    },
     /// A name that cannot stand in a certificate.
     #[error("`{0}` cannot be a name: use 1 to 63 of a-z, 0-9 and `-`, not starting or ending with `-`")]
     Name(String),
@@ -151,20 +162,20 @@ pub struct TlsFiles {
     pub key: PathBuf,
 }
 
-/// Certificate, key and authority, loaded.
+/// Certificate, key and authority, as they were loaded last ([`crate::live`]). Clones share them.
 #[derive(Clone)]
 pub struct Tls {
-    ca: Certificate,
-    identity: Identity,
+    pub(crate) files: TlsFiles,
+    pub(crate) loaded: Arc<RwLock<Arc<Loaded>>>,
 }
 
 impl fmt::Debug for Tls {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("Tls { .. }") // the identity holds a private key
+        f.write_str("Tls { .. }") // what is loaded holds a private key
     }
 }
 
-fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
+pub(crate) fn read(path: &Path) -> Result<Vec<u8>, TlsError> {
     fs::read(path).map_err(|source| TlsError::File { path: path.into(), source })
 }
 
@@ -172,41 +183,37 @@ impl Tls {
     /// Loads the three files.
     ///
     /// # Errors
-    /// [`TlsError::File`] names the file that cannot be read.
+    /// [`TlsError`] names the file that cannot be used.
     pub fn load(files: &TlsFiles) -> Result<Self, TlsError> {
-        Ok(Self {
-            ca: Certificate::from_pem(read(&files.ca)?),
-            identity: Identity::from_pem(read(&files.cert)?, read(&files.key)?),
-        })
+        let loaded = Arc::new(RwLock::new(Arc::new(Loaded::read(files)?)));
+        Ok(Self { files: files.clone(), loaded })
     }
 
-    /// For a server: demands a certificate of the authority from every caller.
-    pub fn server(&self) -> ServerTlsConfig {
-        ServerTlsConfig::new().identity(self.identity.clone()).client_ca_root(self.ca.clone())
-    }
-
-    /// An endpoint for `role` `name` at `endpoint` (host:port), for lazy or immediate connection. Keep-alive finds a dead
-    /// peer within about two seconds, so a call never hangs on a host that has gone away. An attempt to connect is given up
-    /// before the kernel would repeat its SYN: the next one finds a network that has healed at once.
-    ///
-    /// # Errors
-    /// [`TlsError::Connect`] if `endpoint` is no host:port or the certificates cannot be used.
-    pub fn endpoint(&self, role: Role, name: &str, endpoint: &str) -> Result<Endpoint, TlsError> {
-        let failed =
-            |source| TlsError::Connect { role, name: name.into(), endpoint: endpoint.into(), source };
-        let tls = ClientTlsConfig::new()
-            .ca_certificate(self.ca.clone())
-            .identity(self.identity.clone())
-            .domain_name(dns_name(role, name));
-        Endpoint::from_shared(format!("https://{endpoint}"))
-            .map_err(failed)?
+    /// An endpoint at `endpoint` (host:port). Keep-alive finds a dead peer within about two seconds, so a call never hangs on a
+    /// host that has gone away. An attempt to connect is given up before the kernel would repeat its SYN: the next one finds a
+    /// network that has healed at once.
+    fn endpoint(role: Role, name: &str, endpoint: &str) -> Result<Endpoint, TlsError> {
+        Ok(live::plain(endpoint)
+            .map_err(|source| TlsError::Connect {
+                role,
+                name: name.into(),
+                endpoint: endpoint.into(),
+                source,
+            })?
             .connect_timeout(CONNECT)
             .http2_keep_alive_interval(Duration::from_millis(500))
             .keep_alive_timeout(Duration::from_millis(1500))
-            .keep_alive_while_idle(true)
-            .tcp_nodelay(true)
-            .tls_config(tls)
-            .map_err(failed)
+            .keep_alive_while_idle(true))
+    }
+
+    /// A channel to `role` `name` at `endpoint` (host:port) that connects when it is used, and again whenever the connection
+    /// is lost, each time with the certificates of the moment.
+    ///
+    /// # Errors
+    /// [`TlsError::Connect`] if `endpoint` is no host:port.
+    pub fn connect_lazy(&self, role: Role, name: &str, endpoint: &str) -> Result<Channel, TlsError> {
+        let target = Self::endpoint(role, name, endpoint)?;
+        Ok(target.connect_with_connector_lazy(self.dialer(role, name, None)))
     }
 
     /// As [`Self::connect`], for calls that a frozen service waits for: the connection breaks once something sent has not
@@ -223,17 +230,9 @@ impl Tls {
         endpoint: &str,
         stall: Duration,
     ) -> Result<Channel, TlsError> {
-        let mut connector = HttpConnector::new();
-        connector.enforce_http(false);
-        connector.set_nodelay(true);
-        connector.set_connect_timeout(Some(CONNECT));
-        connector.set_tcp_user_timeout(Some(stall));
-        let target = self.endpoint(role, name, endpoint)?.http2_keep_alive_interval(stall / 2);
-        target.connect_with_connector(connector).await.map_err(|source| TlsError::Connect {
-            role,
-            name: name.into(),
-            endpoint: endpoint.into(),
-            source,
+        let target = Self::endpoint(role, name, endpoint)?.http2_keep_alive_interval(stall / 2);
+        target.connect_with_connector(self.dialer(role, name, Some(stall))).await.map_err(|source| {
+            TlsError::Connect { role, name: name.into(), endpoint: endpoint.into(), source }
         })
     }
 
@@ -242,11 +241,9 @@ impl Tls {
     /// # Errors
     /// [`TlsError::Connect`] if nobody answers there or it is not who it should be.
     pub async fn connect(&self, role: Role, name: &str, endpoint: &str) -> Result<Channel, TlsError> {
-        self.endpoint(role, name, endpoint)?.connect().await.map_err(|source| TlsError::Connect {
-            role,
-            name: name.into(),
-            endpoint: endpoint.into(),
-            source,
+        let target = Self::endpoint(role, name, endpoint)?;
+        target.connect_with_connector(self.dialer(role, name, None)).await.map_err(|source| {
+            TlsError::Connect { role, name: name.into(), endpoint: endpoint.into(), source }
         })
     }
 }
@@ -256,14 +253,20 @@ impl Tls {
 /// # Errors
 /// `UNAUTHENTICATED` without a certificate that names a role, over anything but the local socket.
 pub fn peer<T>(request: &Request<T>) -> Result<Peer, Status> {
-    if let Some(uds) = request.extensions().get::<UdsConnectInfo>() {
+    peer_of(request.extensions())
+}
+
+/// [`peer`], of a request that is not decoded yet.
+pub(crate) fn peer_of(extensions: &Extensions) -> Result<Peer, Status> {
+    if let Some(uds) = extensions.get::<UdsConnectInfo>() {
         let uid =
             uds.peer_cred.map(|c| c.uid()).ok_or_else(|| Status::unauthenticated("unknown local user"))?;
         return Ok(Peer::Local { uid });
     }
-    let certs =
-        request.peer_certs().ok_or_else(|| Status::unauthenticated("no client certificate was presented"))?;
-    let leaf = certs.first().ok_or_else(|| Status::unauthenticated("no client certificate was presented"))?;
+    let none = || Status::unauthenticated("no client certificate was presented");
+    let certs = extensions.get::<TlsConnectInfo<TcpConnectInfo>>().and_then(TlsConnectInfo::peer_certs);
+    let certs = certs.ok_or_else(none)?;
+    let leaf = certs.first().ok_or_else(none)?;
     parse_identity(leaf).ok_or_else(|| {
         Status::unauthenticated(
             "the client certificate names no Handover role; issue one with `handover pki issue`",
@@ -289,7 +292,7 @@ pub fn require_role<T>(request: &Request<T>, roles: &[Role]) -> Result<Peer, Sta
     }
 }
 
-fn parse_identity(der: &[u8]) -> Option<Peer> {
+pub(crate) fn parse_identity(der: &[u8]) -> Option<Peer> {
     use x509_parser::prelude::{FromDer as _, GeneralName, X509Certificate};
     let (_, cert) = X509Certificate::from_der(der).ok()?;
     let names = cert.subject_alternative_name().ok()??;
@@ -300,7 +303,7 @@ fn parse_identity(der: &[u8]) -> Option<Peer> {
     })
 }
 
-fn dns_name(role: Role, name: &str) -> String {
+pub(crate) fn dns_name(role: Role, name: &str) -> String {
     format!("{name}.{role}.handover")
 }
 
@@ -482,10 +485,8 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let endpoint = listener.local_addr().unwrap().to_string();
         let server = tonic::transport::Server::builder()
-            .tls_config(tls.server())
-            .unwrap()
             .add_service(GatewayServer::new(OnlyForControllers))
-            .serve_with_incoming(tokio_stream::wrappers::TcpListenerStream::new(listener));
+            .serve_with_incoming(tls.incoming(listener));
         tokio::spawn(server);
         endpoint
     }

@@ -27,9 +27,9 @@ pub struct Config {
     pub socket: PathBuf,
     /// Where the journal is.
     pub state_dir: PathBuf,
-    /// How many migrations at a time, and how many requests may wait.
+    /// How many migrations at a time, how many requests may wait, how large the journal may be.
     #[serde(default)]
-    pub queue: Limits,
+    pub limits: Limits,
     /// Certificates.
     pub tls: TlsFiles,
 }
@@ -98,11 +98,16 @@ impl Config {
                 return value(format!("{key} = \"{}\" is not absolute; give the whole path", p.display()));
             }
         }
-        let most = [("at_once", config.queue.at_once, 1..=64), ("length", config.queue.length, 0..=10_000)];
-        for (key, n, range) in most {
+        let limits = &config.limits;
+        let wide = |n: usize| u64::try_from(n).unwrap_or(u64::MAX);
+        for (key, n, range) in [
+            ("at_once", wide(limits.at_once), 1..=64),
+            ("waiting", wide(limits.waiting), 0..=10_000),
+            ("journal_mib", limits.journal_mib, 1..=1 << 20),
+        ] {
             if !range.contains(&n) {
                 return value(format!(
-                    "queue.{key} = {n} is not within {} to {}",
+                    "limits.{key} = {n} is not within {} to {}",
                     range.start(),
                     range.end()
                 ));
@@ -143,8 +148,8 @@ mod tests {
             ("socket = \"/s\"", "listen = \"here\"", "invalid socket address"),
             ("state_dir = \"/d\"", "state_dir = \"d\"", "state_dir = \"d\" is not absolute"),
             ("key = \"/k\"", "", "missing field `key`"),
-            ("[tls]", "[queue]\nat_once = 0\n[tls]", "queue.at_once = 0 is not within 1 to 64"),
-            ("[tls]", "[queue]\nat_most = 3\n[tls]", "unknown field `at_most`"),
+            ("[tls]", "[limits]\nat_once = 0\n[tls]", "limits.at_once = 0 is not within 1 to 64"),
+            ("[tls]", "[limits]\nat_most = 3\n[tls]", "unknown field `at_most`"),
         ] {
             let err = load(&GOOD.replace(from, to)).unwrap_err();
             assert!(err.contains("controller.toml") && err.contains(want), "{to}: {err}");

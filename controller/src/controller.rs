@@ -76,6 +76,16 @@ pub enum ApplyError {
     /// It contradicts what is going on.
     #[error("{}", .0.join("\n"))]
     Against(Vec<String>),
+    /// There is no room for more.
+    #[error(
+        "the journal has {mib} MiB, and {limit} is the most (`[limits] journal_mib` in the controller's configuration): raise it, or begin with a new state_dir once all sessions are over"
+    )]
+    JournalFull {
+        /// Its size.
+        mib: u64,
+        /// At most.
+        limit: u64,
+    },
     /// The certificates cannot be used.
     #[error("certificates")]
     Tls(#[from] TlsError),
@@ -93,6 +103,16 @@ pub enum MigrateError {
     /// Not now.
     #[error("the controller is stopping; ask again when it is back")]
     Stopping,
+    /// There is no room for more.
+    #[error(
+        "the journal has {mib} MiB, and {limit} is the most (`[limits] journal_mib` in the controller's configuration): raise it, or begin with a new state_dir once all sessions are over"
+    )]
+    JournalFull {
+        /// Its size.
+        mib: u64,
+        /// At most.
+        limit: u64,
+    },
     /// The controller has to stop.
     #[error(transparent)]
     Fatal(#[from] Fatal),
@@ -411,6 +431,9 @@ impl Controller {
         if dry_run || changes.is_empty() {
             return Ok((revision, changes, Vec::new()));
         }
+        if let Err((mib, limit)) = self.room_in_journal() {
+            return Err(ApplyError::JournalFull { mib, limit });
+        }
         let inventory = Arc::new(new);
         let record = Record::Applied { revision: revision + 1, inventory: Arc::clone(&inventory) };
         self.append(vec![record.clone()]).await?;
@@ -451,6 +474,9 @@ impl Controller {
         if *self.stopping.borrow() {
             return Err(MigrateError::Stopping);
         }
+        if let Err((mib, limit)) = self.room_in_journal() {
+            return Err(MigrateError::JournalFull { mib, limit });
+        }
         // those who have waited go first
         self.advance().await?;
         let now_ms = driver::unix_ms();
@@ -468,6 +494,12 @@ impl Controller {
         drop(accepting);
         tracing::info!(session = %id, to = request.to_site, why = %passes, "request queued");
         Ok(id)
+    }
+
+    /// Whether anything new may be begun: what is under way has to have room to end. Else the journal's size and its limit.
+    fn room_in_journal(&self) -> Result<(), (u64, u64)> {
+        let (mib, limit) = (self.journal.octets() >> 20, self.limits.journal_mib);
+        if mib < limit { Ok(()) } else { Err((mib, limit)) }
     }
 
     /// Starts a session. Under `accepting`.

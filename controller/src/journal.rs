@@ -105,6 +105,7 @@ struct Job {
 /// The open journal. Its thread ends with the last clone.
 #[derive(Debug, Clone)]
 pub struct Journal {
+    path: PathBuf,
     jobs: mpsc::Sender<Job>,
 }
 
@@ -160,7 +161,13 @@ impl Journal {
                 }
             })
             .map_err(|source| JournalError::Directory { path: dir.into(), source })?;
-        Ok((Self { jobs }, records))
+        Ok((Self { path, jobs }, records))
+    }
+
+    /// Its size on disk, the write-ahead log included.
+    pub fn octets(&self) -> u64 {
+        let log = self.path.with_file_name(format!("{FILE}-wal"));
+        [&self.path, &log].into_iter().filter_map(|p| fs::metadata(p).ok()).map(|m| m.len()).sum()
     }
 
     /// Appends records, in order, all or none; returns once they are on stable storage.

@@ -142,7 +142,7 @@ impl Peers {
             if all.contains_key(&(kind, name.clone())) {
                 continue;
             }
-            let channel = self.tls.endpoint(kind.role(), &name, endpoint)?.connect_lazy();
+            let channel = self.tls.connect_lazy(kind.role(), &name, endpoint)?;
             let peer = Arc::new(Peer {
                 kind,
                 name: name.clone(),

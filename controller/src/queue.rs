@@ -28,12 +28,14 @@ pub struct Limits {
     /// Migrations under way over all services.
     pub at_once: usize,
     /// Requests that wait.
-    pub length: usize,
+    pub waiting: usize,
+    /// MiB of the journal above which no new request or inventory is taken; what is under way goes on.
+    pub journal_mib: u64,
 }
 
 impl Default for Limits {
     fn default() -> Self {
-        Self { at_once: 4, length: 100 }
+        Self { at_once: 4, waiting: 100, journal_mib: 1024 }
     }
 }
 
@@ -119,7 +121,7 @@ impl World {
             (_, Err(e)) if e.is_permanent() => return Err(e),
             _ => {}
         }
-        if self.queue.len() >= limits.length {
+        if self.queue.len() >= limits.waiting {
             return Err(RequestError::QueueFull { length: self.queue.len() });
         }
         Ok(Waiting { id: self.next_id(&request.service), request: request.clone(), at_ms: now_ms })

@@ -9,13 +9,21 @@ use std::{
     sync::Arc,
 };
 
-use handover_api::{tls::Tls, v1::controller_server::ControllerServer};
+use handover_api::{
+    audit::Audit,
+    gate::{Gate, Rules},
+    tls::Tls,
+    v1::controller_server::ControllerServer,
+};
 use nix::sys::stat::{Mode, umask};
 use tokio::net::{TcpListener, UnixListener};
 use tokio_stream::wrappers::UnixListenerStream;
-use tonic::transport::{Server, server::TcpIncoming};
+use tonic::transport::Server;
 
 use crate::{config::Config, controller::Controller, service::Service};
+
+/// Calls at a time on one connection.
+const CALLS: usize = 64;
 
 /// Errors of the listeners.
 #[derive(Debug, thiserror::Error)]
@@ -78,20 +86,22 @@ impl Listeners {
     ///
     /// # Errors
     /// [`ServerError`] if serving fails.
-    pub async fn serve(self, controller: Arc<Controller>, tls: &Tls) -> Result<(), ServerError> {
+    pub async fn serve(
+        self,
+        controller: Arc<Controller>,
+        tls: &Tls,
+        audit: Audit,
+    ) -> Result<(), ServerError> {
         let _remove = RemoveOnDrop(self.path);
-        let service = ControllerServer::new(Service::new(controller));
-        let local = Server::builder()
-            .add_service(service.clone())
-            .serve_with_incoming(UnixListenerStream::new(self.unix));
+        let gate = Gate::new(Rules::CONTROLLER, Some(audit.clone()));
+        let service = ControllerServer::new(Service::new(controller, audit));
+        let builder = || Server::builder().concurrency_limit_per_connection(CALLS).layer(gate.clone());
+        let local =
+            builder().add_service(service.clone()).serve_with_incoming(UnixListenerStream::new(self.unix));
         match self.tcp {
             None => local.await?,
             Some(tcp) => {
-                let remote = Server::builder()
-                    .tls_config(tls.server())?
-                    .add_service(service)
-                    // the server's own setting is ignored for listeners that were bound before
-                    .serve_with_incoming(TcpIncoming::from(tcp).with_nodelay(Some(true)));
+                let remote = builder().add_service(service).serve_with_incoming(tls.incoming(tcp));
                 tokio::try_join!(local, remote)?;
             }
         }

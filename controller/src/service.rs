@@ -5,6 +5,8 @@
 use std::{pin::Pin, sync::Arc};
 
 use handover_api::{
+    audit::Audit,
+    gate,
     tls::{Peer, Role, require_role},
     v1,
 };
@@ -21,16 +23,18 @@ use crate::{
 };
 
 const ACT: &[Role] = &[Role::Operator];
+/// Lines of the audit log in one answer.
+const MOST_AUDIT: usize = 10_000;
 const LOOK: &[Role] = &[Role::Operator, Role::Viewer];
 
 /// The service over a [`Controller`].
 #[derive(Debug, Clone)]
-pub struct Service(Arc<Controller>);
+pub struct Service(Arc<Controller>, Audit);
 
 impl Service {
-    /// Serves `controller`.
-    pub fn new(controller: Arc<Controller>) -> Self {
-        Self(controller)
+    /// Serves `controller`, and shows `audit`.
+    pub fn new(controller: Arc<Controller>, audit: Audit) -> Self {
+        Self(controller, audit)
     }
 
     async fn apply_inventory(
@@ -44,6 +48,7 @@ impl Service {
                 Ok(Response::new(v1::ApplyResponse { revision, changes }))
             }
             Err(e @ ApplyError::Inventory(_)) => Err(Status::invalid_argument(e.to_string())),
+            Err(e @ ApplyError::JournalFull { .. }) => Err(Status::resource_exhausted(e.to_string())),
             Err(e @ ApplyError::Against(_)) => Err(Status::failed_precondition(e.to_string())),
             Err(e @ (ApplyError::Tls(_) | ApplyError::Fatal(_))) => Err(Status::internal(e.to_string())),
         }
@@ -68,6 +73,7 @@ impl Service {
         let session = self.0.migrate(&request, may_wait).await.map_err(|e| match e {
             MigrateError::Request(e) => refused(e),
             e @ MigrateError::Stopping => Status::unavailable(e.to_string()),
+            e @ MigrateError::JournalFull { .. } => Status::resource_exhausted(e.to_string()),
             e @ MigrateError::Fatal(_) => Status::internal(e.to_string()),
         })?;
         loop {
@@ -92,6 +98,7 @@ impl Service {
     async fn resolve(
         &self,
         request: &v1::ResolveSessionRequest,
+        by: &Peer,
     ) -> Result<Response<v1::ResolveSessionResponse>, Status> {
         use v1::resolve_session_request::Resolution;
         let (id, confirmed) = (&request.session, request.confirmed);
@@ -112,7 +119,7 @@ impl Service {
         };
         let account = self.0.account(id, decision).map_err(refused)?;
         let session = if confirmed {
-            report::session(&self.0.resolve(id, decision, "operator").await.map_err(refused)?)
+            report::session(&self.0.resolve(id, decision, &by.to_string()).await.map_err(refused)?)
         } else {
             self.find(id)?
         };
@@ -142,14 +149,30 @@ impl Service {
     }
 }
 
-/// Who asked for what, and what came of it: one line for each request that may change something.
-fn audit<T>(peer: &Peer, what: &str, subject: &str, answer: &Result<Response<T>, Status>) {
-    match answer {
-        Ok(_) => tracing::info!(target: "audit", %peer, what, subject, outcome = "done"),
-        Err(status) => tracing::warn!(
-            target: "audit", %peer, what, subject, outcome = "refused", code = ?status.code(), reason = status.message()
-        ),
+/// A request in the words of the command.
+fn asked_for(m: &v1::MigrateRequest) -> String {
+    let mut words = format!("{} --to {}", m.service, m.to_site);
+    for (given, option) in [
+        (m.dry_run, " --dry-run"),
+        (m.queue, " --queue"),
+        (m.allow_other_peers, " --allow-other-peers"),
+        (m.no_hold, " --no-hold"),
+        (m.policy() == v1::migrate_request::Policy::Disaster, " --policy disaster"),
+    ] {
+        if given {
+            words.push_str(option);
+        }
     }
+    for user in m.users.iter().take(8) {
+        words.push_str(" --user ");
+        words.push_str(user);
+    }
+    words
+}
+
+/// A name that can be one of ours; others are not even looked for.
+fn named(what: &str, name: &str) -> Result<(), Status> {
+    triggers::possible(what, name).map_err(Status::invalid_argument)
 }
 
 fn known_sessions(world: &World) -> String {
@@ -183,12 +206,10 @@ fn refused(error: RequestError) -> Status {
 #[tonic::async_trait]
 impl v1::controller_server::Controller for Service {
     async fn apply(&self, request: Request<v1::ApplyRequest>) -> Result<Response<v1::ApplyResponse>, Status> {
-        let peer = require_role(&request, ACT)?;
-        let request = request.into_inner();
-        let what = if request.dry_run { "apply --dry-run" } else { "apply" };
-        let answer = self.apply_inventory(&request).await;
-        audit(&peer, what, "inventory", &answer);
-        answer
+        require_role(&request, ACT)?;
+        let dry_run = if request.get_ref().dry_run { " --dry-run" } else { "" };
+        gate::subject(&request, format!("{} octets{dry_run}", request.get_ref().inventory.len()));
+        self.apply_inventory(request.get_ref()).await
     }
 
     async fn status(
@@ -236,13 +257,9 @@ impl v1::controller_server::Controller for Service {
         &self,
         request: Request<v1::MigrateRequest>,
     ) -> Result<Response<v1::MigrateResponse>, Status> {
-        let peer = require_role(&request, ACT)?;
-        let message = request.into_inner();
-        let what = if message.dry_run { "migrate --dry-run" } else { "migrate" };
-        let subject = format!("{} --to {}", message.service, message.to_site);
-        let answer = self.request_migration(message).await;
-        audit(&peer, what, &subject, &answer);
-        answer
+        require_role(&request, ACT)?;
+        gate::subject(&request, asked_for(request.get_ref()));
+        self.request_migration(request.into_inner()).await
     }
 
     async fn list_sessions(
@@ -260,7 +277,9 @@ impl v1::controller_server::Controller for Service {
         request: Request<v1::GetSessionRequest>,
     ) -> Result<Response<v1::Session>, Status> {
         require_role(&request, LOOK)?;
-        self.find(&request.into_inner().session).map(Response::new)
+        let id = request.into_inner().session;
+        named("session", &id)?;
+        self.find(&id).map(Response::new)
     }
 
     async fn cancel_session(
@@ -268,14 +287,14 @@ impl v1::controller_server::Controller for Service {
         request: Request<v1::CancelSessionRequest>,
     ) -> Result<Response<v1::Session>, Status> {
         let peer = require_role(&request, ACT)?;
+        gate::subject(&request, &request.get_ref().session);
         let id = request.into_inner().session;
-        let answer = match self.0.cancel(&id, "operator").await {
+        named("session", &id)?;
+        match self.0.cancel(&id, &peer.to_string()).await {
             Ok(()) | Err(CancelError::Unknown(_)) => self.find(&id).map(Response::new),
             Err(e @ CancelError::TooLate { .. }) => Err(Status::failed_precondition(e.to_string())),
             Err(e @ CancelError::Stopping(_)) => Err(Status::unavailable(e.to_string())),
-        };
-        audit(&peer, "cancel", &id, &answer);
-        answer
+        }
     }
 
     async fn resolve_session(
@@ -283,12 +302,35 @@ impl v1::controller_server::Controller for Service {
         request: Request<v1::ResolveSessionRequest>,
     ) -> Result<Response<v1::ResolveSessionResponse>, Status> {
         let peer = require_role(&request, ACT)?;
-        let request = request.into_inner();
-        let confirmed = if request.confirmed { " --yes" } else { "" };
-        let what = format!("resolve {:?}{confirmed}", request.resolution());
-        let answer = self.resolve(&request).await;
-        audit(&peer, &what, &request.session, &answer);
-        answer
+        let asked = request.get_ref();
+        let confirmed = if asked.confirmed { " --yes" } else { "" };
+        let subject = format!("{} {}{confirmed}", asked.session, asked.resolution().as_str_name());
+        gate::subject(&request, subject);
+        named("session", &asked.session)?;
+        self.resolve(&request.into_inner(), &peer).await
+    }
+
+    async fn list_audit(
+        &self,
+        request: Request<v1::ListAuditRequest>,
+    ) -> Result<Response<v1::ListAuditResponse>, Status> {
+        require_role(&request, ACT)?;
+        let count = usize::try_from(request.into_inner().last).unwrap_or(usize::MAX).clamp(1, MOST_AUDIT);
+        let audit = self.1.clone();
+        let read = tokio::task::spawn_blocking(move || audit.last(count)).await;
+        let read = read
+            .map_err(|e| Status::internal(e.to_string()))?
+            .map_err(|e| Status::internal(format!("the audit log cannot be read: {e}")))?;
+        let entries = read.entries.into_iter().map(|e| v1::AuditEntry {
+            seq: e.seq,
+            at_ms: e.at_ms,
+            peer: e.peer,
+            call: e.call,
+            subject: e.subject,
+            outcome: e.outcome,
+            reason: e.reason,
+        });
+        Ok(Response::new(v1::ListAuditResponse { entries: entries.collect(), damaged: read.damaged }))
     }
 
     type WatchSessionStream = Pin<Box<dyn Stream<Item = Result<v1::Session, Status>> + Send>>;
@@ -299,6 +341,7 @@ impl v1::controller_server::Controller for Service {
     ) -> Result<Response<Self::WatchSessionStream>, Status> {
         require_role(&request, LOOK)?;
         let id = request.into_inner().session;
+        named("session", &id)?;
         let mut changes = self.0.changes();
         let mut view = self.find(&id)?;
         let (sender, stream) = mpsc::channel(16);

@@ -25,6 +25,27 @@ pub struct Request {
     pub trigger: String,
 }
 
+/// Users that one request may name.
+const MOST_USERS: usize = 10_000;
+/// Longest name of a session: a service's name and a number.
+const LONGEST_NAME: usize = 80;
+
+/// Whether `name` can be a name at all, before it is looked for and repeated in an answer.
+///
+/// # Errors
+/// In words, with as much of it as is fit to be repeated.
+pub fn possible(what: &str, name: &str) -> Result<(), String> {
+    let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    if name.len() > LONGEST_NAME || !name.chars().all(letters) {
+        let start: String = name.chars().filter(|c| !c.is_control()).take(40).collect();
+        return Err(format!(
+            "`{start}` ({} octets) cannot be the name of a {what}: names are at most {LONGEST_NAME} of letters, digits, `-`, `_` and `.`",
+            name.len()
+        ));
+    }
+    Ok(())
+}
+
 /// The operator's request, as it came over the wire.
 ///
 /// # Errors
@@ -36,6 +57,17 @@ pub fn operator(m: v1::MigrateRequest) -> Result<Request, String> {
     if m.to_site.is_empty() {
         return Err("the request names no site to migrate to".into());
     }
+    possible("service", &m.service)?;
+    possible("site", &m.to_site)?;
+    if m.users.len() > MOST_USERS {
+        return Err(format!(
+            "the request names {} users, and {MOST_USERS} is the most; leave them out to switch all of the service",
+            m.users.len()
+        ));
+    }
+    for user in &m.users {
+        possible("user", user)?;
+    }
     let policy = match v1::migrate_request::Policy::try_from(m.policy) {
         Ok(v1::migrate_request::Policy::Unspecified | v1::migrate_request::Policy::LateYield) => Policy::Late,
         Ok(v1::migrate_request::Policy::Disaster) => Policy::Disaster,
@@ -44,6 +76,7 @@ pub fn operator(m: v1::MigrateRequest) -> Result<Request, String> {
     let trigger = match m.trigger.as_str() {
         "" | "operator" => "operator".to_owned(),
         other => {
+            possible("trigger", other)?;
             return Err(format!(
                 "trigger `{other}` is not known to this controller; it takes requests of the operator"
             ));

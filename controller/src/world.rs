@@ -226,7 +226,7 @@ pub enum RequestError {
     },
     /// As many as may be are under way.
     #[error(
-        "{running} migrations are under way, and {limit} at once is the most (`[queue] at_once` in the controller's configuration); with --queue the request waits for its turn"
+        "{running} migrations are under way, and {limit} at once is the most (`[limits] at_once` in the controller's configuration); with --queue the request waits for its turn"
     )]
     AllUnderWay {
         /// So many.
@@ -236,7 +236,7 @@ pub enum RequestError {
     },
     /// As many as may be wait.
     #[error(
-        "{length} requests wait in the queue, which is the most (`[queue] length` in the controller's configuration); take some out (`handover queue`, `handover sessions cancel ID`) or ask again later"
+        "{length} requests wait in the queue, which is the most (`[limits] waiting` in the controller's configuration); take some out (`handover queue`, `handover sessions cancel ID`) or ask again later"
     )]
     QueueFull {
         /// So many.

@@ -516,7 +516,7 @@ async fn a_session_is_given_up_until_it_is_decided() {
     f.stage.until_called("main-server freeze").await;
     let (code, out, err) = handover(&f, &["sessions", "cancel", "film-1", "--wait"]).await;
     assert_eq!(code, 3, "{out}{err}");
-    assert!(out.contains("cancelled by operator"), "{out}{err}");
+    assert!(out.contains("cancelled by local user 0"), "{out}{err}");
     let (code, _, err) = handover(&f, &["sessions", "cancel", "film-1"]).await;
     assert_eq!(
         (code, err.as_str()),
@@ -582,4 +582,46 @@ async fn a_session_in_doubt_is_resolved_only_with_yes() {
     let (code, _, err) = handover(&f, &["sessions", "resolve", "film-1", "--abort", "--yes"]).await;
     assert_eq!(code, 0, "{err}");
     assert_eq!(handover(&f, &["sessions", "watch", "film-1"]).await.0, 3);
+    // all of it is in the audit log
+    let (code, out, _) = handover(&f, &["audit", "-o", "json"]).await;
+    let entries = json(&out);
+    let asked: Vec<String> = entries
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|e| format!("{} {} {}", e["call"], e["subject"], e["outcome"]).replace('"', ""))
+        .collect();
+    assert_eq!(code, 0);
+    assert!(asked[0].starts_with("Controller/Apply ") && asked[0].ends_with(" done"), "{asked:?}");
+    assert_eq!(
+        asked[1..],
+        [
+            "Controller/ResolveSession film-1 RESOLUTION_ABORT NotFound",
+            "Controller/Migrate film --to backup done",
+            "Controller/ResolveSession film-1 RESOLUTION_ABORT done",
+            "Controller/ResolveSession film-1 RESOLUTION_ABORT --yes done",
+        ]
+    );
+    assert!(entries[0]["peer"].as_str().unwrap().starts_with("local user "), "{out}");
+    let (_, out, _) = handover(&f, &["audit", "-n", "2"]).await;
+    assert_eq!(out.lines().count(), 3, "{out}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn names_that_cannot_be_names_are_refused_before_they_are_looked_for() {
+    let f = Fixture::start().await;
+    let _daemon = applied(&f).await;
+    let long = "x".repeat(5000);
+    for args in [
+        &["migrate", "film;reboot", "--to", "backup"][..],
+        &["migrate", "film", "--to", "../backup"],
+        &["migrate", "film", "--to", "backup", "--user", "a b"],
+        &["sessions", "show", &long],
+        &["sessions", "cancel", "film-1\n"],
+        &["sessions", "resolve", "$(id)", "--abort"],
+    ] {
+        let (code, out, err) = handover(&f, args).await;
+        assert_eq!((code, out.as_str()), (1, ""), "{args:?}");
+        assert!(err.contains("cannot be the name of a") && err.len() < 300, "{err}");
+    }
 }

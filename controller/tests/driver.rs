@@ -689,3 +689,25 @@ async fn an_operator_finishes_a_stuck_migration() {
     let err = c.resolve(&id, Decision::Abort, "operator").await.unwrap_err();
     assert!(err.to_string().contains("needs no operator"), "{err}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn above_its_limit_the_journal_takes_nothing_new_but_what_is_under_way_ends() {
+    let f = Fixture::start().await;
+    let limits = Limits { journal_mib: 1, ..Limits::default() };
+    let c = Controller::open(&f.path("state"), f.tls(), limits).unwrap();
+    c.apply(&f.inventory, false).await.unwrap();
+    f.stage.fault("main-server freeze", Fault::Hang);
+    let first = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
+    f.stage.until_called("main-server freeze").await;
+    // as if a great deal had been written
+    let log = std::fs::OpenOptions::new().append(true).create(true).open(f.path("state/journal.db-wal"));
+    log.unwrap().set_len(2 << 20).unwrap();
+    let full = c.migrate(&request("backup", Policy::Late), true).await.unwrap_err();
+    assert!(matches!(full, MigrateError::JournalFull { mib: 2, limit: 1 }), "{full}");
+    let more =
+        format!("{}\n[[network]]\nname = \"net9\"\nvid = 9\nrouter_address = \"10.9.0.1\"\n", f.inventory);
+    let full = c.apply(&more, false).await.unwrap_err().to_string();
+    assert!(full.contains("the journal has 2 MiB, and 1 is the most"), "{full}");
+    c.cancel(&first, "operator").await.unwrap();
+    assert_eq!(settled(&c, &first).await.outcome(), v1::Outcome::RolledBack);
+}

@@ -26,9 +26,9 @@ use crate::{
 };
 
 /// Version of the file.
-const FORMAT: u32 = 3;
-/// What is written where nothing in the file is newer: a daemon that knows one interface a side reads it.
-const ONE_INTERFACE_EACH: u32 = 2;
+const FORMAT: u32 = 4;
+/// From this version on the file has a checksum.
+const CHECKED: u32 = 4;
 /// Oldest version that is read: of the first, every field means what it did.
 const OLDEST: u32 = 1;
 
@@ -78,6 +78,9 @@ pub enum StateError {
 #[serde(deny_unknown_fields)]
 struct Saved<T> {
     format: u32,
+    /// CRC-32 of the file with eight zeros in this place, for JSON with a flipped bit may still be JSON; none in older formats.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    crc: Option<String>,
     id: String,
     /// The interfaces that the table's ports were; none of them where there was one on each side.
     #[serde(default = "BTreeMap::new", skip_serializing_if = "BTreeMap::is_empty")]
@@ -89,6 +92,24 @@ struct Saved<T> {
 #[derive(Deserialize)]
 struct AnyFormat {
     format: u32,
+}
+
+/// Where the checksum's digits stand: its key is the second of the file, as written by [`Store::save`].
+fn crc_place(text: &[u8]) -> Option<std::ops::Range<usize>> {
+    const KEY: &[u8] = b",\"crc\":\"";
+    let head = &text[..text.len().min(64)];
+    let start = head.windows(KEY.len()).position(|w| w == KEY)? + KEY.len();
+    (start + 8 <= text.len()).then_some(start..start + 8)
+}
+
+/// CRC-32 of the file with zeros in the checksum's place.
+fn checksum(text: &[u8]) -> String {
+    let place = crc_place(text).unwrap_or(0..0);
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(&text[..place.start]);
+    crc.update(&b"00000000"[..place.len()]);
+    crc.update(&text[place.end..]);
+    format!("{:08x}", crc.finalize())
 }
 
 /// The state directory, locked.
@@ -145,6 +166,9 @@ impl Store {
             return Err(StateError::Format { path: store.file, found: format });
         }
         let saved: Saved<Snapshot> = serde_json::from_slice(&text).map_err(damaged)?;
+        if saved.crc.is_some() != (format >= CHECKED) || saved.crc.is_some_and(|crc| crc != checksum(&text)) {
+            return Err(damaged(serde::de::Error::custom("it is not what was written (checksum)")));
+        }
         let id = u64::from_str_radix(&saved.id, 16)
             .map_err(|e| damaged(serde::de::Error::custom(format!("id `{}`: {e}", saved.id))))?;
         store.id = id;
@@ -207,9 +231,8 @@ impl Store {
             let path = path.to_path_buf();
             move |source| StateError::File { what, path, source }
         };
-        let format = if self.interfaces.is_empty() { ONE_INTERFACE_EACH } else { FORMAT };
         let (id, interfaces) = (format!("{:016x}", self.id), self.interfaces.clone());
-        let saved = Saved { format, id, interfaces, table: snapshot };
+        let saved = Saved { format: FORMAT, crc: Some("0".repeat(8)), id, interfaces, table: snapshot };
         let mut file = fs::OpenOptions::new()
             .create(true)
             .truncate(true)
@@ -217,7 +240,11 @@ impl Store {
             .mode(0o600)
             .open(&new)
             .map_err(failed("opening", &new))?;
-        let text = serde_json::to_vec(&saved).map_err(|e| failed("writing", &new)(e.into()))?;
+        let mut text = serde_json::to_vec(&saved).map_err(|e| failed("writing", &new)(e.into()))?;
+        let crc = checksum(&text);
+        if let Some(place) = crc_place(&text) {
+            text[place].copy_from_slice(crc.as_bytes());
+        }
         file.write_all(&text).and_then(|()| file.sync_all()).map_err(failed("writing", &new))?;
         fs::rename(&new, &self.file).map_err(failed("renaming to", &self.file))?;
         File::open(&self.dir).and_then(|dir| dir.sync_all()).map_err(failed("syncing", &self.dir))
@@ -284,12 +311,12 @@ mod tests {
             assert_eq!(["u1", "u3", "u5"].map(port), ports, "{now:?}");
         }
         let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
-        assert!(one.starts_with("{\"format\":3"), "{one}");
+        assert!(one.starts_with("{\"format\":4"), "{one}");
         let (mut store, _) = Store::open(dir.path()).unwrap();
         store.rewire(&wiring(&["a"]), Snapshot::default());
         store.save(&Snapshot::default()).unwrap();
         let one = fs::read_to_string(dir.path().join("table.json")).unwrap();
-        assert!(one.starts_with("{\"format\":2") && !one.contains("interfaces"), "{one}");
+        assert!(one.starts_with("{\"format\":4") && !one.contains("interfaces"), "{one}");
     }
 
     #[test]
@@ -307,7 +334,55 @@ mod tests {
             let error = Store::open(dir.path()).unwrap_err();
             assert!(matches!(error, StateError::Damaged { .. }), "{bad}: {error}");
         }
-        fs::write(&file, "{\"format\": 4, \"rest\": []}").unwrap();
-        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 4, .. })));
+        fs::write(&file, "{\"format\": 5, \"rest\": []}").unwrap();
+        assert!(matches!(Store::open(dir.path()), Err(StateError::Format { found: 5, .. })));
+    }
+
+    #[test]
+    fn any_octet_that_changes_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mut store, _) = Store::open(dir.path()).unwrap();
+        store.renew_id().unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        drop(store);
+        let file = dir.path().join("table.json");
+        let good = fs::read(&file).unwrap();
+        for at in 0..good.len() {
+            for bit in 0..8 {
+                let mut bad = good.clone();
+                bad[at] ^= 1 << bit;
+                fs::write(&file, &bad).unwrap();
+                let error = Store::open(dir.path()).expect_err("a flipped bit");
+                assert!(
+                    matches!(error, StateError::Damaged { .. } | StateError::Format { .. }),
+                    "octet {at}, bit {bit}: {error}"
+                );
+            }
+            fs::write(&file, &good[..at]).unwrap();
+            let error = Store::open(dir.path()).expect_err("cut off");
+            assert!(matches!(error, StateError::Damaged { .. }), "cut at {at}: {error}");
+        }
+        fs::write(&file, &good).unwrap();
+        assert!(Store::open(dir.path()).unwrap().1.is_some());
+    }
+
+    #[test]
+    fn where_there_is_no_room_the_old_file_stands() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _) = Store::open(dir.path()).unwrap();
+        store.save(&Snapshot::default()).unwrap();
+        let good = fs::read(dir.path().join("table.json")).unwrap();
+        // what a full disk and one that may not be written look like: /dev/full, and a directory in the file's place
+        let new = dir.path().join("table.json.new");
+        std::os::unix::fs::symlink("/dev/full", &new).unwrap();
+        let error = store.save(&Snapshot::default()).unwrap_err();
+        assert!(matches!(error, StateError::File { what: "writing", .. }), "{error}");
+        fs::remove_file(&new).unwrap();
+        fs::create_dir(&new).unwrap();
+        let error = store.save(&Snapshot::default()).unwrap_err();
+        assert!(matches!(error, StateError::File { what: "opening", .. }), "{error}");
+        assert_eq!(fs::read(dir.path().join("table.json")).unwrap(), good);
+        fs::remove_dir(&new).unwrap();
+        store.save(&Snapshot::default()).unwrap();
     }
 }

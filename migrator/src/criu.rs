@@ -61,6 +61,21 @@ pub enum Event {
     },
 }
 
+impl Event {
+    /// One message of `criu swrk`.
+    ///
+    /// # Errors
+    /// It is no message of CRIU's.
+    pub fn decode(message: &[u8]) -> io::Result<Self> {
+        let response = rpc::Criu_resp::parse_from_bytes(message).map_err(io::Error::other)?;
+        if response.type_() == rpc::Criu_req_type::NOTIFY {
+            return Ok(Self::Notify(response.notify.script().to_owned()));
+        }
+        let pid = response.restore.as_ref().and_then(|r| u32::try_from(r.pid()).ok());
+        Ok(Self::Final { success: response.success(), pid })
+    }
+}
+
 /// A running `criu swrk`.
 pub struct Swrk {
     pid: u32,
@@ -202,13 +217,7 @@ impl Swrk {
         if length == 0 {
             return Err(Error::other(format!("criu swrk (pid {}) died", self.pid)));
         }
-        let response =
-            rpc::Criu_resp::parse_from_bytes(&buffer[..length]).map_err(|e| failed(io::Error::other(e)))?;
-        if response.type_() == rpc::Criu_req_type::NOTIFY {
-            return Ok(Event::Notify(response.notify.script().to_owned()));
-        }
-        let pid = response.restore.as_ref().and_then(|r| u32::try_from(r.pid()).ok());
-        Ok(Event::Final { success: response.success(), pid })
+        Event::decode(&buffer[..length]).map_err(failed)
     }
 
     /// Hears it out: answers every notification with `answer` until the final response, at most for `patience`.

@@ -6,6 +6,8 @@
 use std::{future::Future, pin::Pin, sync::Arc, time::Duration};
 
 use handover_api::{
+    audit::Audit,
+    gate::{Gate, Rules},
     tls::{self, Peer, Role},
     v1::{
         AbortMigrationRequest, AbortMigrationResponse, DiscardRequest, DiscardResponse, EndRequest,
@@ -20,10 +22,7 @@ use handover_api::{
 };
 use tokio::{net::TcpListener, sync::watch};
 use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
-use tonic::{
-    Code, Request, Response, Status, Streaming,
-    transport::{Server, server::TcpIncoming},
-};
+use tonic::{Code, Request, Response, Status, Streaming, transport::Server};
 
 use crate::{
     destination,
@@ -355,25 +354,24 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
     };
     let control = listen(node.config.listen).await?;
     let peers = listen(node.config.migration_listen).await?;
+    let audit = Audit::open(&node.config.state_dir)
+        .map_err(|e| Error::io("opening the audit log in", node.config.state_dir.display())(e))?;
+    let gate = Gate::new(Rules::DAEMON, Some(audit));
     let builder = || {
         Server::builder()
-            .tls_config(node.tls.server())
-            .map(|s| {
-                s.initial_stream_window_size(WINDOW)
-                    .initial_connection_window_size(WINDOW)
-                    .max_frame_size(Some(FRAME))
-                    .http2_keepalive_interval(Some(Duration::from_secs(1)))
-                    .http2_keepalive_timeout(Some(Duration::from_secs(3)))
-            })
-            .map_err(|e| Error::other(chain(&e)))
+            .initial_stream_window_size(WINDOW)
+            .initial_connection_window_size(WINDOW)
+            .max_frame_size(Some(FRAME))
+            .http2_keepalive_interval(Some(Duration::from_secs(1)))
+            .http2_keepalive_timeout(Some(Duration::from_secs(3)))
+            .layer(gate.clone())
     };
     let (control_service, peer_service) =
         (MigratorServer::new(Control(node.clone())), MigratorPeerServer::new(PeerService(node.clone())));
     let (local, _remove) = match &node.config.socket {
         Some(path) => {
             let (incoming, remove) = local::Socket::bind(path)?.incoming();
-            let service =
-                Server::builder().add_service(control_service.clone()).serve_with_incoming(incoming);
+            let service = builder().add_service(control_service.clone()).serve_with_incoming(incoming);
             (Some(service), Some(remove))
         }
         None => (None, None),
@@ -384,11 +382,8 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
             None => std::future::pending().await,
         }
     };
-    // set on each connection taken: the server's own tcp_nodelay does not reach listeners that are handed to it, and a
-    // small answer would wait for the caller's delayed acknowledgement, 40 ms with the service standing still
-    let incoming = |listener| TcpIncoming::from(listener).with_nodelay(Some(true));
-    let control = builder()?.add_service(control_service).serve_with_incoming(incoming(control));
-    let peers = builder()?.add_service(peer_service).serve_with_incoming(incoming(peers));
+    let control = builder().add_service(control_service).serve_with_incoming(node.tls.incoming(control));
+    let peers = builder().add_service(peer_service).serve_with_incoming(node.tls.incoming(peers));
     recover(&node).await;
     tracing::info!(
         name = node.config.name,
@@ -400,6 +395,7 @@ pub async fn serve(node: Arc<Node>, mut stop: watch::Receiver<bool>) -> Result<(
     tokio::select! {
         served = async { tokio::try_join!(control, peers, local) } =>
             served.map(|_| ()).map_err(|e| Error::other(format!("serving: {}", chain(&e))))?,
+        followed = node.tls.clone().follow() => followed.map_err(Error::io("listening for", "SIGHUP"))?,
         _ = stop.wait_for(|s| *s) => {}
     }
     wind_up(&node).await;

@@ -190,6 +190,15 @@ impl App {
     }
 }
 
+/// What the unit of daemon `name` in packaging/ leaves it, in setpriv's words; `None`: everything.
+fn capabilities(name: &str) -> anyhow::Result<Option<String>> {
+    let unit = format!("{}/../packaging/systemd/handover-{name}.service", env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(&unit).with_context(|| unit.clone())?;
+    let set = text.lines().find_map(|l| l.strip_prefix("CapabilityBoundingSet="));
+    let word = |c: &str| format!(",+{}", c.trim_start_matches("CAP_").to_lowercase());
+    Ok(set.map(|set| std::iter::once("-all".to_owned()).chain(set.split_whitespace().map(word)).collect()))
+}
+
 /// What is otherwise than in the plain topology.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Layout {
@@ -448,7 +457,14 @@ impl Topology {
             other => bail!("host {other} has no daemon"),
         };
         let levels = std::env::var("RUST_LOG").unwrap_or_else(|_| "info".into());
-        let daemon = Program::new(program(&format!("handover-{name}"))?)
+        let built = program(&format!("handover-{name}"))?;
+        // with the capabilities of its systemd unit and no others: so all of the lab shows that they are enough
+        let daemon = match capabilities(name)? {
+            Some(set) => Program::new("/usr/bin/setpriv")
+                .args([format!("--bounding-set={set}").as_str(), &built.to_string_lossy()]),
+            None => Program::new(built),
+        };
+        let daemon = daemon
             .args(["--config", &format!("/run/lab/{name}.toml")])
             .env("RUST_LOG", &levels)
             .env("NO_COLOR", "1");

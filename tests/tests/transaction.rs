@@ -233,3 +233,58 @@ fn a_rebooted_gateway_forwards_nothing_until_it_knows_the_users_network() {
     let tag = play.capture.tag_after(before, SOON).unwrap();
     assert_eq!(tag, Some(Site::Main.vid()));
 }
+
+#[test]
+fn an_operator_ends_the_doubt_through_the_controller() {
+    let mut play = pinned();
+    // the decision is COMMIT, and the destination is gone before it has resumed
+    let mut led = Led::start(&play, "film-1".into(), Site::Main, At::Resume, &[]).unwrap();
+    led.lead(At::Resume).unwrap();
+    kill(&play, "backup-server");
+    let ending = led.let_go().unwrap().wait().unwrap();
+    assert_eq!(ending.ended.code, Some(6), "{}\n{}", ending.said, play.topology.logs());
+    let resolve = |play: &Play, words: &[&str]| {
+        play.topology.handover([&["sessions", "resolve", "film-1"], words].concat()).unwrap()
+    };
+    // without --yes it is said what is risked, and nothing is done
+    let asked = resolve(&play, &["--abort"]);
+    assert_eq!(asked.ended.code, Some(1));
+    assert!(asked.stderr.contains("two copies") && asked.stderr.contains("--yes"), "{}", asked.stderr);
+    let done = resolve(&play, &["--abort", "--yes"]);
+    assert!(done.ended.success(), "{}", done.stderr);
+    assert!(play.client.more(20_000).unwrap().unharmed());
+
+    // the destination comes back with a copy that was never resumed, and is told
+    start(&mut play, "backup-server");
+    let session = play.settled("film-1").unwrap();
+    assert_eq!(session.outcome, "rolled-back", "{session:?}");
+    agree(&mut play, Site::Main, &session);
+    let audit = play.topology.handover(["audit"]).unwrap();
+    assert!(audit.stdout.contains("RESOLUTION_ABORT --yes"), "{}", audit.stdout);
+}
+
+#[test]
+fn who_is_queued_follows_also_when_the_controller_was_killed_meanwhile() {
+    let mut play = pinned();
+    let mut led = Led::start(&play, "film-1".into(), Site::Main, At::Switch, &[]).unwrap();
+    led.lead(At::Switch).unwrap();
+    let back = |play: &Play| play.topology.handover(["migrate", "film", "--to", "main", "--queue"]).unwrap();
+    for id in ["film-2", "film-3"] {
+        let queued = back(&play);
+        assert!(queued.ended.success() && queued.stdout.trim() == id, "{}{}", queued.stdout, queued.stderr);
+    }
+    let shown = play.topology.handover(["queue"]).unwrap();
+    assert!(shown.stdout.contains("film-2") && shown.stdout.contains("film-1"), "{}", shown.stdout);
+    kill(&play, "control");
+    let _aborted = led.let_go().unwrap();
+    start(&mut play, "control");
+    // the first was not decided: it is undone, and then there is nowhere to go for those who wait
+    let session = play.settled("film-1").unwrap();
+    assert_eq!(session.outcome, "rolled-back", "{session:?}");
+    for id in ["film-2", "film-3"] {
+        let over = play.topology.handover(["sessions", "watch", id]).unwrap();
+        assert_eq!(over.ended.code, Some(1), "{}", over.stderr);
+        assert!(over.stderr.contains("already"), "{}", over.stderr);
+    }
+    agree(&mut play, Site::Main, &session);
+}

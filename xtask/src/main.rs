@@ -55,9 +55,13 @@ enum Verb {
         #[arg(long)]
         mutation: Option<String>,
     },
-    /// Run generated frames through the XDP programs and compare with an oracle in plain Rust (root).
+    /// Give every decoder of octets from outside damaged and invented ones, then run generated frames through the XDP programs
+    /// and compare with an oracle in plain Rust (root).
     Fuzz {
-        /// How many frames.
+        /// How many cases for each decoder (API, inventory, journal, records, CRIU, images, configurations).
+        #[arg(long, default_value_t = 20_000)]
+        cases: u32,
+        /// How many frames; 0: decoders alone.
         #[arg(long, default_value_t = 100_000_000)]
         frames: u64,
         /// Where the random numbers begin; the same seed makes the same frames.
@@ -143,9 +147,12 @@ fn main() -> ExitCode {
         Verb::Bench { what: Bench::Switch { json } } => verbs::gateway_bench(&words("switch", &[], json)),
         Verb::Bench { what: Bench::Migrate { args } } => verbs::bench_migrate(&args),
         Verb::Bench { what: Bench::Forward { json } } => verbs::gateway_bench(&words("forward", &[], json)),
-        Verb::Fuzz { frames, seed, json } => {
+        Verb::Fuzz { cases, frames, seed, json } => verbs::fuzz_decoders(cases).and_then(|decoders| {
+            if frames == 0 || decoders != ExitCode::SUCCESS {
+                return Ok(decoders);
+            }
             verbs::gateway_bench(&words("fuzz", &[("--frames", frames), ("--seed", seed)], json))
-        }
+        }),
     };
     done.unwrap_or_else(|e| {
         eprintln!("error: {e:#}");

@@ -107,6 +107,16 @@ pub fn test(filter: Option<&str>, all: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Those of `cargo xtask fuzz`: the tests called `decoders` of the crates that have one, with `cases` cases each.
+pub fn fuzz_decoders(cases: u32) -> anyhow::Result<ExitCode> {
+    setup::run()?;
+    eprintln!("fuzz: {cases} cases for each decoder");
+    let mut tests = cargo();
+    tests.args(["test", "--package", "handover-controller", "--package", "handover-migrator"]);
+    tests.args(["--test", "decoders"]).env("HANDOVER_FUZZ_CASES", cases.to_string());
+    hand_over(&mut tests)
+}
+
 /// Where cargo builds.
 pub fn target_dir() -> std::path::PathBuf {
     std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| workspace().join("target"), |d| workspace().join(d))

@@ -4,7 +4,7 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use handover_api::tls::Tls;
+use handover_api::{audit::Audit, tls::Tls};
 use handover_controller::{config::Config, controller::Controller, server::Listeners};
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -21,14 +21,16 @@ const STOP: Duration = Duration::from_secs(10);
     listen = \"10.255.0.1:7440\"                  # optional: the CLI from elsewhere\n  \
     socket = \"/run/handover/controller.sock\"    # the local CLI; mode 0660\n  \
     state_dir = \"/var/lib/handover-controller\"  # the journal\n  \
-    [queue]                                     # optional; these are the defaults\n  \
+    [limits]                                    # optional; these are the defaults\n  \
     at_once = 4                                 # migrations under way at a time, over all services\n  \
-    length = 100                                # requests that may wait (`migrate --queue`)\n  \
+    waiting = 100                               # requests that may wait (`migrate --queue`)\n  \
+    journal_mib = 1024                          # above this no new request or inventory is taken\n  \
     [tls]\n  \
     ca = \"/etc/handover/ca.pem\"\n  \
     cert = \"/etc/handover/controller-controller.pem\"\n  \
     key = \"/etc/handover/controller-controller.key\"\n\n\
-    Certificates: `handover pki init DIR`, `handover pki issue DIR controller controller`."
+    Certificates: `handover pki init DIR`, `handover pki issue DIR controller controller`. New files are taken within two\n\
+    seconds, or at once on SIGHUP, for new connections; files that cannot be used leave the old ones in use."
 )]
 struct Args {
     /// The configuration file.
@@ -78,11 +80,16 @@ async fn run(config: &Config, tls: Tls) -> anyhow::Result<()> {
     let mut term = signal(SignalKind::terminate()).context("SIGTERM")?;
     let mut int = signal(SignalKind::interrupt()).context("SIGINT")?;
     // the journal first: its lock tells two controllers apart before either touches the socket
-    let controller = Controller::open(&config.state_dir, tls.clone(), config.queue)?;
+    let controller = Controller::open(&config.state_dir, tls.clone(), config.limits)?;
+    let audit = Audit::open(&config.state_dir).context("audit log in the state directory")?;
     let listeners = Listeners::bind(config).await?;
+    if let Some(why) = tls.unfit() {
+        tracing::warn!(why, cert = %config.tls.cert.display(), "no peer will take this certificate");
+    }
     tracing::info!(name = config.name, socket = %config.socket.display(), listen = ?config.listen, "ready");
     tokio::select! {
-        served = listeners.serve(controller.clone(), &tls) => served?,
+        served = listeners.serve(controller.clone(), &tls, audit) => served?,
+        followed = tls.clone().follow() => followed.context("SIGHUP")?,
         fatal = controller.failed() => return Err(fatal.into()),
         stopped = async {
             tokio::select! {

@@ -55,7 +55,7 @@ impl Desk {
         let mut desk = Self {
             world: World::default(),
             records: Vec::new(),
-            limits: Limits { at_once, length },
+            limits: Limits { at_once, waiting: length, ..Limits::default() },
             now_ms: 0,
         };
         desk.put(inventory());

@@ -25,7 +25,6 @@ use tokio::{
     sync::Notify,
     task::AbortHandle,
 };
-use tokio_stream::wrappers::TcpListenerStream;
 use tonic::{Code, Request, Response, Status, transport::Server};
 
 /// What a peer does instead of answering.
@@ -570,26 +569,21 @@ impl Fixture {
         };
         let (main, backup) = (migrator("main-server"), migrator("backup-server"));
         let ca = dir.path();
-        let server = |role, name: &str| {
-            Server::builder().tls_config(Tls::load(&issue(ca, role, name)).unwrap().server()).unwrap()
-        };
         let mut inventory = include_str!("inventory.toml").to_owned();
-        for (name, router) in [
-            ("gw", server(Role::Gateway, "gw").add_service(GatewayServer::from_arc(gateway.clone()))),
-            (
-                "main-server",
-                server(Role::Migrator, "main-server").add_service(MigratorServer::from_arc(main.clone())),
-            ),
-            (
-                "backup-server",
-                server(Role::Migrator, "backup-server").add_service(MigratorServer::from_arc(backup.clone())),
-            ),
-        ] {
+        for (name, role) in
+            [("gw", Role::Gateway), ("main-server", Role::Migrator), ("backup-server", Role::Migrator)]
+        {
+            let tls = Tls::load(&issue(ca, role, name)).unwrap();
+            let router = match name {
+                "gw" => Server::builder().add_service(GatewayServer::from_arc(gateway.clone())),
+                "main-server" => Server::builder().add_service(MigratorServer::from_arc(main.clone())),
+                _ => Server::builder().add_service(MigratorServer::from_arc(backup.clone())),
+            };
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let door = Door::to(listener.local_addr().unwrap().to_string()).await;
             inventory = inventory.replace(&format!("@{name}@"), &door.endpoint);
             stage.doors.lock().unwrap().insert(name.into(), door);
-            tokio::spawn(router.serve_with_incoming(TcpListenerStream::new(listener)));
+            tokio::spawn(router.serve_with_incoming(tls.incoming(listener)));
         }
         issue(ca, Role::Controller, "controller");
         Self { dir, stage, gateway, main, backup, inventory }

@@ -8,13 +8,15 @@ use super::{is_root, say};
 use crate::command::{command, output, run};
 
 /// A package and why it is needed.
-const PACKAGES: [(&str, &str); 9] = [
+const PACKAGES: [(&str, &str); 11] = [
     ("gcc", "builds the embedded SQLite and TLS primitives"),
     ("libc6-dev", "the same"),
     ("pkg-config", "finds the libraries below"),
     ("libmnl-dev", "netlink, for the fence"),
     ("libnftnl-dev", "nftables, for the fence"),
     ("iproute2", "the lab's links and addresses"),
+    ("util-linux", "setpriv: the lab's daemons run with their units' capabilities"),
+    ("systemd", "systemd-analyze checks the units; none of its services is started"),
     ("redis-server", "a real service to migrate"),
     ("nginx", "a real service to migrate"),
     ("openvswitch-switch", "what the benchmarks compare with"),

@@ -4,6 +4,7 @@
 //! Data goes to stdout, progress and everything said to a person to stderr.
 
 mod apply;
+mod audit;
 mod connect;
 mod failure;
 mod migrate;
@@ -39,6 +40,7 @@ const AFTER_HELP: &str = "Examples:
   handover queue                              which requests wait, in which order, for what
   handover sessions list                      migrations so far
   handover sessions show film-1 -o json       one of them, for a program
+  handover audit                              who asked for what, and what came of it
   handover pki init /etc/handover/ca          a new authority for certificates
 
 Exit codes:
@@ -58,6 +60,7 @@ enum Verb {
     Queue(sessions::QueueArgs),
     #[command(subcommand)]
     Sessions(sessions::Verb),
+    Audit(audit::Args),
     #[command(subcommand)]
     Pki(pki::Verb),
 }
@@ -71,6 +74,7 @@ async fn main() -> ExitCode {
         Verb::Migrate(args) => migrate::run(args, &to, output).await,
         Verb::Queue(args) => sessions::queue(args, &to, output).await,
         Verb::Sessions(verb) => sessions::run(verb, &to, output).await,
+        Verb::Audit(args) => audit::run(args, &to, output).await,
         Verb::Pki(verb) => pki::run(verb, output),
     };
     match result {

@@ -12,7 +12,11 @@ use std::{path::PathBuf, process::ExitCode, time::Duration};
 
 use anyhow::Context as _;
 use clap::{Parser, Subcommand};
-use handover_api::tls::Tls;
+use handover_api::{
+    audit::Audit,
+    gate::{Gate, Rules},
+    tls::Tls,
+};
 use handover_gateway::{
     config::Config,
     pins,
@@ -24,7 +28,6 @@ use tokio::{
     net::TcpListener,
     signal::unix::{SignalKind, signal},
 };
-use tonic::transport::server::TcpIncoming;
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
@@ -178,8 +181,12 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     let listener =
         TcpListener::bind(config.listen).await.with_context(|| format!("listening on {}", config.listen))?;
-    let mut server =
-        tonic::transport::Server::builder().tls_config(tls.server()).context("using the certificates")?;
+    // a gateway that leaves nothing behind when it ends has its log alone
+    let audit = config.pin_dir.as_ref().map(|_| config.state_dir());
+    let audit = audit
+        .map(|dir| Audit::open(&dir).with_context(|| format!("opening the audit log in {}", dir.display())));
+    let gate = Gate::new(Rules::DAEMON, audit.transpose()?);
+    let server = || tonic::transport::Server::builder().layer(gate.clone());
     let local = config.socket.as_deref().map(Socket::bind).transpose()?;
     let gateway = Gateway::start(config)?;
     let (stop, stopped) = tokio::sync::watch::channel(false);
@@ -189,16 +196,16 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
             let _ = stopped.wait_for(|stop| *stop).await;
         }
     };
-    let serving = server
+    let serving = server()
         .add_service(gateway.service())
         .add_service(gateway.events())
-        .serve_with_incoming_shutdown(TcpIncoming::from(listener).with_nodelay(Some(true)), stopped());
+        .serve_with_incoming_shutdown(tls.incoming(listener), stopped());
     let serving_locally = async {
         match local {
             None => Ok(()),
             Some(socket) => {
                 let (incoming, _remove) = socket.incoming();
-                tonic::transport::Server::builder()
+                server()
                     .add_service(gateway.service())
                     .add_service(gateway.events())
                     .serve_with_incoming_shutdown(incoming, stopped())
@@ -211,6 +218,7 @@ async fn run(config: &Config, tls: &Tls) -> anyhow::Result<()> {
     info!(name = config.name, listen = %config.listen, "ready");
     tokio::select! {
         ended = &mut serving => return ended.context("serving"),
+        followed = tls.clone().follow() => return followed.context("listening for SIGHUP"),
         _ = terminate.recv() => info!("SIGTERM"),
         _ = interrupt.recv() => info!("SIGINT"),
     }

@@ -502,12 +502,12 @@ mod tests {
 
         let controller = client(ca.path(), Role::Controller, "c1");
         let channel = controller.connect(Role::Gateway, "gw", &endpoint).await.unwrap();
-        let status = GatewayClient::new(channel).status(GatewayStatusRequest {}).await.unwrap();
+        let status = GatewayClient::new(channel).status(GatewayStatusRequest::default()).await.unwrap();
         assert_eq!(status.into_inner().name, "controller c1");
 
         let migrator = client(ca.path(), Role::Migrator, "m1");
         let channel = migrator.connect(Role::Gateway, "gw", &endpoint).await.unwrap();
-        let err = GatewayClient::new(channel).status(GatewayStatusRequest {}).await.unwrap_err();
+        let err = GatewayClient::new(channel).status(GatewayStatusRequest::default()).await.unwrap_err();
         assert_eq!(err.code(), tonic::Code::PermissionDenied);
     }
 
@@ -529,7 +529,7 @@ mod tests {
         // TLS 1.3 reports the refusal of a client certificate on the first use of the channel at the latest
         let refused = match stranger.connect(Role::Gateway, "gw", &endpoint).await {
             Err(_) => true,
-            Ok(channel) => GatewayClient::new(channel).status(GatewayStatusRequest {}).await.is_err(),
+            Ok(channel) => GatewayClient::new(channel).status(GatewayStatusRequest::default()).await.is_err(),
         };
         assert!(refused);
     }

@@ -332,7 +332,7 @@ impl Call {
     /// What a gateway that knows the inventory of now is doing.
     async fn status(&self, gateway: &str) -> Result<v1::GatewayStatus, Status> {
         self.controller.configure(gateway).await.map_err(Status::unavailable)?;
-        let request = with_deadline(v1::GatewayStatusRequest {}, self.limit());
+        let request = with_deadline(v1::GatewayStatusRequest::default(), self.limit());
         Ok(self.gateway(gateway)?.status(request).await?.into_inner())
     }
 

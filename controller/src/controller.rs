@@ -587,8 +587,8 @@ impl Controller {
             (world.revision, world.users_of(&peer.name))
         };
         let patience = patience::ask(users);
-        let status =
-            answer(patience, client.status(with_deadline(patience, v1::GatewayStatusRequest {}))).await?;
+        let request = v1::GatewayStatusRequest { without_users: true };
+        let status = answer(patience, client.status(with_deadline(patience, request))).await?;
         if status.revision == revision && *configured == Some((status.boot_id.clone(), revision)) {
             return Ok(status);
         }

@@ -822,6 +822,7 @@ impl gateway_server::Gateway for Gateway {
             users: core
                 .table
                 .users()
+                .take(if request.get_ref().without_users { 0 } else { usize::MAX })
                 .map(|user| v1::UserStatus {
                     name: user.name.into(),
                     mac: user.spec.mac.map(|mac| mac.to_string()).unwrap_or_default(),

@@ -484,7 +484,7 @@ fn the_gateway_says_what_it_is_doing() {
                 let tls = Tls::load(&files).unwrap();
                 let channel = tls.connect(Role::Gateway, "gw", "127.0.0.1:7443").await.unwrap();
                 let mut client = GatewayClient::new(channel);
-                let looked = client.status(v1::GatewayStatusRequest {}).await.map(|_| ());
+                let looked = client.status(v1::GatewayStatusRequest::default()).await.map(|_| ());
                 let abort = v1::AbortSwitchRequest { migration: "m1".into() };
                 let did = client.abort(abort).await.map(|_| ());
                 answers.push((looked.err().map(|s| s.code()), did.err().map(|s| s.code())));
@@ -603,6 +603,9 @@ fn thousands_of_users_are_all_introduced_before_they_are_switched_at_once() {
     let status = lab.status();
     assert_eq!(status.users.len(), usize::from(USERS));
     assert_eq!(status.users.iter().find(|u| u.network != "net2"), None);
+    let request = v1::GatewayStatusRequest { without_users: true };
+    let brief = lab.call(async |mut gateway| gateway.status(request).await.unwrap().into_inner());
+    assert!(brief.users.is_empty() && brief.networks.len() == status.networks.len(), "{brief:?}");
     let frame = bare(VIRTUAL, mac(USERS - 1), None, IPV4, &[7; 46]);
     let socket = lab.taro.run(|| packet_socket("eth0"));
     send(socket.as_raw_fd(), &frame, MsgFlags::empty()).unwrap();

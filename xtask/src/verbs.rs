@@ -90,8 +90,7 @@ pub fn test(filter: Option<&str>, all: bool) -> anyhow::Result<ExitCode> {
     // The lab takes the machine for itself (one at a time), so its scenarios run one after the other.
     step("unit and XDP tests");
     let mut tests = cargo();
-    tests.args(["test", "--no-fail-fast", "--workspace", "--exclude", "handover-lab"]);
-    tests.args(BPF_CRATES.iter().flat_map(|c| ["--exclude", c]));
+    tests.args(["test", "--no-fail-fast"]).args(all_but_lab());
     // the host half of the program: packet rules and layouts
     let mut shared = cargo();
     shared.args(["test", "--package", "gateway-ebpf", "--lib"]);
@@ -115,6 +114,12 @@ pub fn fuzz_decoders(cases: u32) -> anyhow::Result<ExitCode> {
     tests.args(["test", "--package", "handover-controller", "--package", "handover-migrator"]);
     tests.args(["--test", "decoders"]).env("HANDOVER_FUZZ_CASES", cases.to_string());
     hand_over(&mut tests)
+}
+
+/// All packages whose tests need no lab, as arguments for cargo.
+pub fn all_but_lab() -> Vec<&'static str> {
+    let excluded = BPF_CRATES.iter().copied().chain(["handover-lab"]);
+    std::iter::once("--workspace").chain(excluded.flat_map(|c| ["--exclude", c])).collect()
 }
 
 /// Where cargo builds.

@@ -267,7 +267,9 @@ impl Lab {
     }
 
     pub fn status(&self) -> v1::GatewayStatus {
-        self.call(async |mut gateway| gateway.status(v1::GatewayStatusRequest {}).await.unwrap().into_inner())
+        self.call(async |mut gateway| {
+            gateway.status(v1::GatewayStatusRequest::default()).await.unwrap().into_inner()
+        })
     }
 
     /// Has `work` done until the gateway has counted a frame under `outcome`.

@@ -5,13 +5,17 @@ use std::{
     collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
+    process::Command,
 };
 
 use anyhow::{Context as _, bail};
 use serde::Deserialize;
 
 use super::parts::disk;
-use crate::command::{cargo, command, run, stdout, workspace};
+use crate::{
+    command::{cargo, command, run, stdout, workspace},
+    verbs,
+};
 
 /// The tests of the matrix: what depends on the kernel. (The rest is the same everywhere, and is run by `cargo xtask test`.)
 const TESTS: [(&str, &[&str]); 3] = [
@@ -24,6 +28,9 @@ const TESTS: [(&str, &[&str]); 3] = [
 #[derive(Deserialize)]
 struct Message {
     reason: String,
+    /// E.g. "path+file:///w/migrator#handover-migrator@0.1.0"
+    #[serde(default)]
+    package_id: String,
     #[serde(default)]
     manifest_path: PathBuf,
     #[serde(default)]
@@ -31,6 +38,13 @@ struct Message {
     #[serde(default)]
     profile: Profile,
     executable: Option<PathBuf>,
+}
+
+impl Message {
+    fn is_test(&self, package: &str, target: &str) -> bool {
+        let of = self.package_id.rsplit('#').next().and_then(|p| p.split('@').next());
+        self.profile.test && of == Some(package) && self.target.name == target
+    }
 }
 
 #[derive(Default, Deserialize)]
@@ -69,7 +83,6 @@ pub fn make(target: &Path, filter: Option<&str>) -> anyhow::Result<PathBuf> {
                 executable: found.executable.clone().context("a test without a program")?,
             });
         }
-        builds.push(messages);
     }
     for message in builds.iter().flatten().filter(|m| !m.profile.test) {
         programs.extend(message.executable.clone());
@@ -85,8 +98,8 @@ pub fn make(target: &Path, filter: Option<&str>) -> anyhow::Result<PathBuf> {
     Ok(to)
 }
 
-fn built(args: &[&str]) -> anyhow::Result<Vec<Message>> {
-    let said = stdout(cargo().args(args).args(["--quiet", "--message-format=json"]))?;
+fn built(cargo: &mut Command) -> anyhow::Result<Vec<Message>> {
+    let said = stdout(cargo.args(["--quiet", "--message-format=json"]))?;
     let messages = said.lines().map(serde_json::from_str).collect::<Result<Vec<Message>, _>>();
     let messages = messages.context("reading what cargo has built")?;
     Ok(messages.into_iter().filter(|m| m.reason == "compiler-artifact" && m.executable.is_some()).collect())

@@ -51,7 +51,7 @@ pub async fn ask(config: &Config, tls: &Tls, what: What, output: Output) -> anyh
     let channel = connect(config, tls).await?;
     // a full table of users is some 100 MB
     let mut client = GatewayClient::new(channel).max_decoding_message_size(256 << 20);
-    let status = tokio::time::timeout(PATIENCE, client.status(v1::GatewayStatusRequest {}))
+    let status = tokio::time::timeout(PATIENCE, client.status(v1::GatewayStatusRequest::default()))
         .await
         .map_err(|_| anyhow!("gateway {} did not answer within {} s", config.name, PATIENCE.as_secs()))?
         .map_err(|status| anyhow!("gateway {}: {}", config.name, status.message()))?

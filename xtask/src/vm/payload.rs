@@ -70,12 +70,15 @@ struct Test {
 pub fn make(target: &Path, filter: Option<&str>) -> anyhow::Result<PathBuf> {
     let mut programs = BTreeSet::new();
     let mut tests = Vec::new();
-    let mut builds = vec![built(&["build", "--bins"])?];
+    // the same selections as `cargo xtask test`, so that nothing is built twice
+    let builds = [
+        built(cargo().args(["build", "--bins"]))?,
+        built(cargo().args(["test", "--no-run"]).args(verbs::all_but_lab()))?,
+        built(cargo().args(["test", "--no-run", "--package", "handover-lab"]))?,
+    ];
     for (package, targets) in TESTS {
-        let messages = built(&["test", "--no-run", "--package", package])?;
         for target in targets {
-            let found =
-                messages.iter().find(|m| m.profile.test && m.target.name.replace('-', "_") == **target);
+            let found = builds.iter().flatten().find(|m| m.is_test(package, target));
             let found = found.with_context(|| format!("{package} has no test `{target}`"))?;
             tests.push(Test {
                 name: format!("{package} {target}"),

@@ -124,6 +124,24 @@ impl Call {
                 }
             }
             Command::Yield => {
+                // nobody but the destination can let the service go on after the decision: who cannot be reached now shall
+                // not be what everybody waits for
+                let alive = self.before(|deadline| {
+                    let request = with_deadline(v1::MigratorStatusRequest {}, deadline);
+                    let client = self.migrator(&self.plan.to);
+                    async move { client?.status(request).await }
+                });
+                if let Err(Failure { reason }) = alive.await {
+                    let reason = format!("it could not be told to let the copy run: {reason}");
+                    let event = self.failed(
+                        Step::Yield,
+                        Participant::Destination.name(&self.plan),
+                        Failure { reason },
+                        sent_us,
+                    );
+                    let _ = self.events.send((self.command, event));
+                    return;
+                }
                 let request = v1::YieldRequest { migration: id };
                 let answer = self.before(|deadline| {
                     let (client, request) = (self.source(), with_deadline(request.clone(), deadline));

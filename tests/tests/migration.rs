@@ -113,7 +113,7 @@ fn what_the_user_sends_meanwhile_is_held_and_arrives_in_order() {
 fn without_hold_what_the_user_sends_meanwhile_is_lost() {
     let mut play = Play::start(App::Pulse).unwrap();
     let moved = play.migrate_with(Site::Backup, false, |_| {}).unwrap();
-    let session = moved.check(Site::Backup).unwrap();
+    let session = moved.check_arrival(Site::Backup).unwrap();
     assert_eq!((session.held_frames, session.held_dropped), (None, None));
     let last = play.client.finish().unwrap();
     assert!(last.bytes_lost > 0 && last.bytes_duplicated == 0, "{last:?}");

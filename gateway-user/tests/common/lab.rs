@@ -35,7 +35,7 @@ use handover_api::{
 };
 use handover_gateway::mac::Mac;
 use nix::{
-    mount::{MsFlags, mount},
+    mount::{MntFlags, MsFlags, mount, umount2},
     sched::{CloneFlags, setns, unshare},
     sys::{
         signal::{Signal, kill},
@@ -43,6 +43,7 @@ use nix::{
             AddressFamily, MsgFlags, SockFlag, SockProtocol, SockType, send, setsockopt, socket,
             sockopt::{RcvBufForce, ReceiveTimeout},
         },
+        statfs::{BPF_FS_MAGIC, statfs},
         time::{TimeVal, TimeValLike as _},
     },
     unistd::Pid,
@@ -115,6 +116,11 @@ impl Mounts {
             unshare(CloneFlags::CLONE_NEWNS).expect("this test needs root");
             let private = MsFlags::MS_PRIVATE | MsFlags::MS_REC;
             mount(None::<&str>, "/", None::<&str>, private, None::<&str>).unwrap();
+            // the machine's own, which all tests would share: each daemon mounts one for itself
+            let is_bpffs = || statfs(BPFFS).is_ok_and(|s| s.filesystem_type() == BPF_FS_MAGIC);
+            while is_bpffs() {
+                umount2(BPFFS, MntFlags::MNT_DETACH).unwrap();
+            }
             fs::File::open("/proc/thread-self/ns/mnt").unwrap()
         });
         Self(file.join().unwrap())
@@ -134,6 +140,8 @@ impl Mounts {
         })
     }
 }
+
+const BPFFS: &str = "/sys/fs/bpf";
 
 /// Where the labs' daemons pin; in the lab's own mount namespace, in which the daemon has to mount it first.
 pub const PIN_DIR: &str = "/sys/fs/bpf/handover/gw";

@@ -24,6 +24,9 @@ const TESTS: [(&str, &[&str]); 3] = [
     ("handover-lab", &["hosts", "topology", "migration"]),
 ];
 
+/// MiB for what the lab's hosts write: files to be served, images.
+const ROOM: u64 = 4096;
+
 /// A line of `--message-format=json`.
 #[derive(Deserialize)]
 struct Message {
@@ -97,7 +100,7 @@ pub fn make(target: &Path, filter: Option<&str>) -> anyhow::Result<PathBuf> {
     stage(&staging, target, programs.iter().chain(tests.iter().map(|t| &t.executable)))?;
     fs::write(staging.join("run.sh"), script(&tests, filter)?).context("run.sh")?;
     let to = target.join("vm/payload.img");
-    disk(&staging, &to, 64)?;
+    disk(&staging, &to, ROOM)?;
     Ok(to)
 }
 

@@ -124,24 +124,6 @@ impl Call {
                 }
             }
             Command::Yield => {
-                // nobody but the destination can let the service go on after the decision: who cannot be reached now shall
-                // not be what everybody waits for
-                let alive = self.before(|deadline| {
-                    let request = with_deadline(v1::MigratorStatusRequest {}, deadline);
-                    let client = self.migrator(&self.plan.to);
-                    async move { client?.status(request).await }
-                });
-                if let Err(Failure { reason }) = alive.await {
-                    let reason = format!("it could not be told to let the copy run: {reason}");
-                    let event = self.failed(
-                        Step::Yield,
-                        Participant::Destination.name(&self.plan),
-                        Failure { reason },
-                        sent_us,
-                    );
-                    let _ = self.events.send((self.command, event));
-                    return;
-                }
                 let request = v1::YieldRequest { migration: id };
                 let answer = self.before(|deadline| {
                     let (client, request) = (self.source(), with_deadline(request.clone(), deadline));
@@ -492,10 +474,10 @@ pub(crate) async fn preflight(
         let request_of = migration.to_owned();
         gateways.spawn(async move {
             let who = format!("gateway {gateway}");
-            let check = async {
+            let check = async || {
                 controller.configure(&gateway).await.map_err(Status::unavailable)?;
                 let mut client = controller.peers.get(Kind::Gateway, &gateway)?.gateway();
-                client.check_switch(with_deadline(request, PREFLIGHT)).await
+                client.check_switch(with_deadline(request.clone(), PREFLIGHT)).await
             };
             match asked(&request_of, &who, check).await {
                 Ok(r) => r.findings.into_iter().map(from_wire).collect(),
@@ -524,13 +506,14 @@ async fn preflight_servers(
         user_addresses: plan.user_addresses(),
         allow_other_peers: plan.allow_other_peers,
     };
-    let ask = |side: &Side, request: v1::PreflightRequest| {
+    let ask = |side: &Side, request: &v1::PreflightRequest| {
         let peer = controller.peers.get(Kind::Migrator, &side.server);
-        async move { peer?.migrator().preflight(with_deadline(request, PREFLIGHT)).await }
+        let request = with_deadline(request.clone(), PREFLIGHT);
+        async move { peer?.migrator().preflight(request).await }
     };
     let mut findings = Vec::new();
     let mut facts = None;
-    match asked(migration, &Participant::Source.name(plan), ask(&plan.from, request.clone())).await {
+    match asked(migration, &Participant::Source.name(plan), || ask(&plan.from, &request)).await {
         Ok(r) => {
             findings.extend(r.findings.into_iter().map(from_wire));
             facts = r.facts;
@@ -541,35 +524,45 @@ async fn preflight_servers(
     if facts.is_some() {
         let role = v1::preflight_request::Role::Destination.into();
         let request = v1::PreflightRequest { role, facts: facts.clone(), ..request };
-        match asked(migration, &who, ask(&plan.to, request)).await {
+        match asked(migration, &who, || ask(&plan.to, &request)).await {
             Ok(r) => findings.extend(r.findings.into_iter().map(from_wire)),
             Err(finding) => findings.push(finding),
         }
     } else {
         // without the process's facts only this much can be known
-        let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
-        let status =
-            async { peer?.migrator().status(with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT)).await };
+        let status = || {
+            let peer = controller.peers.get(Kind::Migrator, &plan.to.server);
+            let request = with_deadline(v1::MigratorStatusRequest {}, PREFLIGHT);
+            async move { peer?.migrator().status(request).await }
+        };
         findings.extend(asked(migration, &who, status).await.err());
     }
     (findings, facts)
 }
 
-/// The answer of a preflight call, or the finding that there was none.
-async fn asked<T>(
-    session: &str,
-    who: &str,
-    call: impl Future<Output = Result<Response<T>, Status>>,
-) -> Result<T, Finding> {
-    let status = match timeout(PREFLIGHT, call).await {
-        Ok(Ok(response)) => {
+/// The answer of a preflight call, or the finding that there was none. Who cannot be reached is asked twice: the first
+/// attempt may have waited on a connection begun while the way was cut.
+async fn asked<T, F>(session: &str, who: &str, call: impl Fn() -> F) -> Result<T, Finding>
+where
+    F: Future<Output = Result<Response<T>, Status>>,
+{
+    let once = async || match timeout(PREFLIGHT, call()).await {
+        Ok(answer) => answer,
+        Err(_) => Err(Status::deadline_exceeded(format!("no answer within {}", seconds(PREFLIGHT)))),
+    };
+    let unreached = |s: &Status| peers::lost(s) || s.code() == tonic::Code::Unavailable;
+    let answer = match once().await {
+        Err(status) if unreached(&status) && status.code() != tonic::Code::DeadlineExceeded => once().await,
+        answer => answer,
+    };
+    let status = match answer {
+        Ok(response) => {
             tracing::info!(session, by = who, "preflight answered");
             return Ok(response.into_inner());
         }
-        Ok(Err(status)) => status,
-        Err(_) => Status::deadline_exceeded(format!("no answer within {}", seconds(PREFLIGHT))),
+        Err(status) => status,
     };
-    let unreachable = peers::lost(&status) || status.code() == tonic::Code::Unavailable;
+    let unreachable = unreached(&status);
     let (code, what, remedy) = if unreachable {
         (
             "unreachable",

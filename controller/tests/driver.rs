@@ -353,23 +353,6 @@ async fn losing_the_source_before_its_yield_rolls_back() {
     f.no_contradiction(&id);
 }
 
-/// After the decision nobody else could let the service go on: it would stand still until the destination is back.
-#[tokio::test(flavor = "multi_thread")]
-async fn losing_the_destination_before_the_yield_rolls_back() {
-    let f = Fixture::start().await;
-    let c = controller(&f).await;
-    f.stage.fault("gw switch", Fault::ThenDown("backup-server"));
-    let id = c.migrate(&request("backup", Policy::Late), false).await.unwrap();
-    let s = over(&c, &id).await;
-    assert_eq!((s.outcome(), s.failed_step.as_str()), (v1::Outcome::RolledBack, "yield"), "{s:#?}");
-    assert!(s.reason.starts_with("it could not be told to let the copy run: "), "{}", s.reason);
-    assert_eq!(f.stage.count("main-server yield film-1"), 0);
-    assert_eq!((place(&c), f.gateway.network_of("taro").as_str()), (here(), "net1"));
-    f.stage.door("backup-server").up();
-    assert!(settled(&c, &id).await.pending.is_empty());
-    f.no_contradiction(&id);
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_source_that_has_nothing_left_to_thaw_needs_an_operator() {
     let f = Fixture::start().await;

@@ -159,15 +159,16 @@ pub fn kernels(series: &[Series]) -> anyhow::Result<Vec<Kernel>> {
     if parts.iter().any(|p| !p.complete()) {
         let busybox = busybox()?;
         let debian = NewerDebian::of(&KERNEL_RELEASES)?;
-        let names = debian.names("linux-image-")?;
+        let names = debian.names("linux-")?;
         for (series, part) in series.iter().zip(&parts).filter(|(_, p)| !p.complete()) {
             let package = series.newest(names.iter().map(String::as_str));
             let package = package.with_context(|| format!("Debian has no cloud kernel {series} any more"))?;
             say("kernel", package);
             part.begin()?;
-            let closure = debian.closure(&[package])?;
-            let of_kernel: Vec<String> =
-                closure.into_iter().filter(|p| p.starts_with("linux-") && p != "linux-base").collect();
+            // newer ones are in several packages
+            let version = package.strip_prefix("linux-image-").unwrap_or(package);
+            let parts = ["image", "binary", "modules"].map(|part| format!("linux-{part}-{version}"));
+            let of_kernel: Vec<String> = parts.into_iter().filter(|p| names.contains(p)).collect();
             let unpacked = debian.unpack(&of_kernel)?;
             make_kernel(unpacked.path(), &part.dir, &busybox)
                 .with_context(|| format!("making {package} bootable"))?;

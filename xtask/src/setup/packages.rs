@@ -8,18 +8,23 @@ use super::{is_root, say};
 use crate::command::{command, output, run};
 
 /// A package and why it is needed.
-const PACKAGES: [(&str, &str); 11] = [
+const PACKAGES: [(&str, &str); 16] = [
     ("gcc", "builds the embedded SQLite and TLS primitives"),
     ("libc6-dev", "the same"),
     ("pkg-config", "finds the libraries below"),
     ("libmnl-dev", "netlink, for the fence"),
     ("libnftnl-dev", "nftables, for the fence"),
     ("iproute2", "the lab's links and addresses"),
+    ("nftables", "the tests look at the fence with another program than made it"),
+    ("ethtool", "sets in tests what the gateway has to find out about interfaces"),
     ("util-linux", "setpriv: the lab's daemons run with their units' capabilities"),
     ("systemd", "systemd-analyze checks the units; none of its services is started"),
     ("redis-server", "a real service to migrate"),
     ("nginx", "a real service to migrate"),
     ("openvswitch-switch", "what the benchmarks compare with"),
+    ("kmod", "finds the modules that a guest of the kernel matrix begins with"),
+    ("xz-utils", "unpacks them"),
+    ("e2fsprogs", "makes the guests' disks"),
 ];
 
 /// Where Debian's invoke-rc.d asks whether a service may be started; exit code 101 says no.
